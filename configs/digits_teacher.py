@@ -1,0 +1,21 @@
+"""The teacher of the digits recipes, trained from scratch by flow matching.
+
+    python -m launch.train --config=configs/digits_teacher.py --workdir=runs/digits_teacher
+"""
+
+from ml_collections import ConfigDict
+
+from configs import digits_rcm
+
+
+def get_config() -> ConfigDict:
+    """The rCM recipe's data and network, another loss and optimiser."""
+    config = digits_rcm.get_config()
+    config.stages = "flow_matching:60000"
+    config.data.batch_size = 256
+    config.optimizer.update({"student_lr": 1e-3, "b1": 0.9, "b2": 0.99, "warmup": 1000})
+    config.optimizer.update({"decay_from": 30_000, "decay_to": 60_000})
+    config.loss.p_G_mean, config.loss.p_G_std = 0.5, 1.5
+    config.ema.sigma_rel = 0.05
+    config.checkpoint.every, config.log.every, config.log.sample_every = 5000, 200, 5000
+    return config

@@ -1,0 +1,283 @@
+"""Reading a recipe: `--config=FILE`, its overrides `--config.KEY=VALUE`, and the rules its values keep.
+
+A recipe is a Python file with `get_config()` that returns an `ml_collections.ConfigDict`. The values in it fix the type
+of every key; `config_dict.placeholder(type)` stands for a value that may be left out. Nothing here imports JAX, so a
+mistake on the command line is reported at once.
+"""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import difflib
+import itertools
+import math
+import sys
+import traceback
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict, FieldReference
+
+LOSSES = ("flow_matching", "scm", "dcm", "dmd")
+
+
+class UserError(ValueError):
+    """A mistake the user can mend; `Command` prints it as one line, without a traceback."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stretch of training: the losses that are summed, and for how many iterations."""
+
+    losses: frozenset[str]
+    iterations: int
+
+
+def parse_stages(text: str) -> tuple[Stage, ...]:
+    """Reads "dcm:200,scm:400,scm+dmd:1000" into stages, in order. "rcm" is short for "scm+dmd".
+
+    Raises:
+        UserError: a stage is not LOSSES:ITERATIONS, a loss is unknown, repeated or cannot be joined with the others, or
+            the number of iterations is not a positive integer.
+    """
+    return tuple(_parse_stage(stage.strip()) for stage in text.split(","))
+
+
+def _parse_stage(text: str) -> Stage:
+    where = f"stages: {text!r}"
+    names, _, iterations = text.partition(":")
+    losses = [loss for name in names.split("+") for loss in (("scm", "dmd") if name == "rcm" else (name,))]
+    for loss in losses:
+        if loss not in LOSSES:
+            hint = _nearest(loss, (*LOSSES, "rcm"))
+            raise UserError(f"{where} has no loss named {loss!r}: write LOSSES:ITERATIONS, as in scm+dmd:1000; {hint}")
+    if len(set(losses)) < len(losses):
+        raise UserError(f"{where} must name a loss once: rcm already means scm+dmd")
+    if {"scm", "dcm"} <= set(losses):
+        raise UserError(f"{where} must not join scm and dcm: they are the continuous and the discrete form of one loss")
+    if "flow_matching" in losses and len(losses) > 1:
+        raise UserError(f"{where} must have flow_matching alone: it trains a teacher, the other losses distil one")
+    if not (iterations.isascii() and iterations.isdecimal() and int(iterations) > 0):
+        raise UserError(f"{where} must end in a positive number of iterations: write {names}:1000, for example")
+    return Stage(frozenset(losses), int(iterations))
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Runs `get_config()` of the file at `path`, applies overrides such as "data.batch_size=64" and validates it all.
+
+    Returns: the config, locked: no key can be added to it.
+
+    Raises:
+        UserError: the file cannot be read or run, an override names no key or has the wrong type, or a value breaks
+            its rule.
+    """
+    config = _read(Path(path))
+    for override in overrides:
+        _override(config, override)
+    validate(config)
+    return config.lock()
+
+
+def _read(path: Path) -> ConfigDict:
+    try:
+        source = path.read_text()
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror}; give the path of a Python file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"config file {path} is not text: give the path of a Python file") from None
+    module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    try:
+        exec(compile(source, path, "exec"), module.__dict__)
+        if not callable(vars(module).get("get_config")):
+            raise UserError(f"config file {path} has no get_config(): define one that returns a ConfigDict")
+        config = module.get_config()
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"config file {error.filename}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        lines = [f", line {at.lineno}" for at in traceback.extract_tb(error.__traceback__) if at.filename == str(path)]
+        message = " ".join(str(error).split())
+        raise UserError(f"config file {path}{lines[-1] if lines else ''}: {type(error).__name__}: {message}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config file {path}: get_config() must return a ConfigDict, not {type(config).__name__}")
+    return config
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """The config's values by dotted key. A value that may be left out is its FieldReference, which knows its type."""
+    flat = {}
+    for key, value in config.items(preserve_field_references=True):
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """A hint for an unknown name: the known ones that end alike ("batch_size"), or the closest, or all of them."""
+    same_end = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = same_end or difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
+
+
+def _override(config: ConfigDict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    where = f"--config.{override}"
+    flat = _flat(config)
+    if key not in flat:
+        members = [name for name in flat if name.startswith(f"{key}.")]
+        hint = f"it is a group: set one of {', '.join(members)}" if members else _nearest(key, list(flat))
+        raise UserError(f"{where}: no value is named {key}; {hint}")
+    if not equals:
+        raise UserError(f"{where} needs a value: write --config.{key}=VALUE")
+    optional = isinstance(flat[key], FieldReference)
+    kind = flat[key].get_type() if optional else type(flat[key])
+    if kind is type(None):
+        raise UserError(f"{where}: {key} is None in the config file; write config_dict.placeholder(TYPE) there")
+    current = flat[key].get() if optional else flat[key]
+    try:
+        value = None if optional and text.lower() == "none" else _parse_value(text, kind, current)
+    except (KeyError, ValueError, SyntaxError):
+        rule = f"must be of type {kind.__name__}{' or none' if optional else ''}"
+        raise UserError(f"{where} {rule}: its value in the config file is {current!r}") from None
+    config.update_from_flattened_dict({key: value})
+
+
+def _parse_value(text: str, kind: type, current: Any) -> Any:
+    """The value that `text` stands for; a tuple's elements are of the type that the current ones have."""
+    if kind is bool:
+        return {"true": True, "false": False}[text.lower()]
+    if kind is float and not math.isfinite(float(text)):
+        raise ValueError(text)
+    if kind in (int, float, str):
+        return kind(text)
+    if kind is not tuple:
+        raise ValueError(text)
+    elements = ast.literal_eval(text)
+    elements = elements if isinstance(elements, tuple) else (elements,)
+    return tuple(_parse_value(str(element), type(current[0]), None) for element in elements) if current else elements
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every value that a rule is known for.
+
+    Raises:
+        UserError: a key is missing or breaks its rule; the message holds the value, the rule and the remedy.
+    """
+    flat = {key: value.get() if isinstance(value, FieldReference) else value for key, value in _flat(config).items()}
+    for key, (test, rule) in _RULES.items():
+        if key not in flat:
+            raise UserError(f"the config has no {key}: take it over from a recipe in configs/")
+        if not _holds(test, flat[key]):
+            raise UserError(
+                f"{key}={flat[key]!r} must be {rule}: change it in the config file or with --config.{key}=VALUE"
+            )
+    parse_stages(flat.get("stages", ""))
+    batch_size, accumulate = flat["data.batch_size"], flat["data.accumulate"]
+    if batch_size % accumulate:
+        near = max(batch_size // accumulate, 1) * accumulate
+        raise UserError(
+            f"data.{batch_size=} must be a multiple of data.{accumulate=}: set --config.data.batch_size={near}"
+        )
+
+
+def _falling(times: Sequence[float]) -> bool:
+    return all(high > low for high, low in itertools.pairwise((math.pi / 2, *times, 0.0)))
+
+
+Rule = tuple[Callable[[Any], bool], str]
+
+_POSITIVE_INTEGER: Rule = (lambda value: type(value) is int and value >= 1, "a positive integer")
+_COUNT: Rule = (lambda value: type(value) is int and value >= 0, "an integer of at least 0")
+_POSITIVE: Rule = (lambda value: 0 < value < math.inf, "a positive number")
+_WEIGHT: Rule = (lambda value: 0 <= value < math.inf, "a number of at least 0")
+_DECAY_RATE: Rule = (lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+_MESH_SIZE: Rule = (lambda value: value == -1 or value >= 1, "a positive integer, or -1 for the devices that are left")
+
+_RULES: dict[str, Rule] = {
+    "seed": _COUNT,
+    "model.dtype": (lambda value: value in ("float32", "bfloat16"), "float32 or bfloat16"),
+    "teacher.guidance": (lambda value: 1 <= value < math.inf, "a number of at least 1 (no guidance)"),
+    "data.batch_size": _POSITIVE_INTEGER,
+    "data.accumulate": _POSITIVE_INTEGER,
+    "optimizer.student_lr": _POSITIVE,
+    "optimizer.critic_lr": _POSITIVE,
+    "optimizer.weight_decay": _WEIGHT,
+    "optimizer.b1": _DECAY_RATE,
+    "optimizer.b2": _DECAY_RATE,
+    "optimizer.warmup": _COUNT,
+    "loss.scm_weight": (lambda value: value is None or 0 <= value < math.inf, "a number of at least 0, or none"),
+    "loss.dmd_weight": _WEIGHT,
+    "loss.tangent_warmup": _COUNT,
+    "loss.student_update_freq": _POSITIVE_INTEGER,
+    "loss.simulation_steps": _POSITIVE_INTEGER,
+    "loss.p_G_std": _POSITIVE,
+    "loss.p_D_shift": _POSITIVE,
+    "loss.dcm_steps": (lambda value: type(value) is int and value >= 2, "an integer of at least 2"),
+    "loss.dcm_shift": _POSITIVE,
+    "ema.sigma_rel": (lambda value: 0 < value < 12**-0.5, "a number above 0 and below 0.2886"),
+    "mesh.data": _MESH_SIZE,
+    "mesh.fsdp": _MESH_SIZE,
+    "checkpoint.every": _POSITIVE_INTEGER,
+    "checkpoint.keep": _POSITIVE_INTEGER,
+    "log.every": _POSITIVE_INTEGER,
+    "log.sample_every": _COUNT,
+    "sampling.sigma_max": _POSITIVE,
+    "sampling.mid_times": (_falling, "TrigFlow times that fall, each between 0 and pi/2"),
+    "sampling.teacher_steps": _POSITIVE_INTEGER,
+}
+
+
+def _holds(test: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return test(value)
+    except TypeError:
+        return False
+
+
+class Command(argparse.ArgumentParser):
+    """The command line of a launcher: the options added to it and, through `parse`, the recipe.
+
+    A mistake ends the process with one line on stderr and exit code 2.
+    """
+
+    def __init__(self, description: str):
+        spec = sys.modules["__main__"].__spec__
+        super().__init__(
+            prog=f"python -m {spec.name}" if spec else None,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, ConfigDict]:
+        """Reads --config=FILE, any --config.KEY=VALUE and the options added before, of `argv` or this process's own."""
+        self.add_argument(
+            "--config", metavar="FILE", required=True, help="the recipe, for example configs/digits_rcm.py"
+        )
+        self.add_argument("--config.KEY", metavar="VALUE", help="changes one value of the recipe; may be repeated")
+        rest, overrides = [], []
+        words = iter(sys.argv[1:] if argv is None else argv)
+        for word in words:
+            if word.startswith("--config."):
+                override = word.removeprefix("--config.")
+                overrides.append(override if "=" in override else f"{override}={next(words, '')}")
+            else:
+                rest.append(word)
+        arguments = self.parse_args(rest)
+        with self.reports_user_errors():
+            return arguments, load(arguments.config, overrides)
+
+    @contextlib.contextmanager
+    def reports_user_errors(self) -> Iterator[None]:
+        """Within this context a UserError ends the process as any other mistake on the command line does."""
+        try:
+            yield
+        except UserError as error:
+            self.error(str(error))
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")

@@ -1,0 +1,243 @@
+"""Moving digits: 8-frame videos of scikit-learn's 8x8 handwritten digits, each with a caption.
+
+A digit of 8x8 pixels moves over a black 16x16 canvas, one pixel a frame in one of eight directions, and never
+leaves it. The captions ("a three moving up and left") name the digit and the direction. Validation videos show
+digits that no training video shows.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+from jaxtyping import Float, Int, UInt8
+from sklearn import datasets
+
+from rcm_jax.data import text
+
+FRAMES = 8
+SIZE = 16
+DIGIT_SIZE = 8
+
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIRECTIONS = {
+    "up": (-1, 0),
+    "down": (1, 0),
+    "left": (0, -1),
+    "right": (0, 1),
+    "up and left": (-1, -1),
+    "up and right": (-1, 1),
+    "down and left": (1, -1),
+    "down and right": (1, 1),
+}
+
+VALIDATION_DIGITS = 360
+# Each digit is filmed in each of the eight directions this many times, from starts drawn anew.
+TRAIN_VIEWS = 4
+VALIDATION_VIEWS = 1
+
+# Mean and standard deviation of the training videos, pixels in [0, 1].
+LATENT_MEAN = 0.0764
+LATENT_STD = 0.23
+
+
+def caption(digit: int, direction: str) -> str:
+    """Describes one video; `direction` is a key of DIRECTIONS."""
+    name = DIGIT_NAMES[digit]
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name} moving {direction}"
+
+
+@functools.cache
+def captions() -> tuple[str, ...]:
+    """All 80 captions, digit by digit, directions in the order of DIRECTIONS."""
+    return tuple(caption(digit, direction) for digit in range(len(DIGIT_NAMES)) for direction in DIRECTIONS)
+
+
+def parse_caption(prompt: str) -> tuple[int, str]:
+    """Returns the (digit, direction) that a caption names.
+
+    Raises:
+        ValueError: the prompt is none of `captions()`.
+    """
+    if prompt not in captions():
+        raise ValueError(
+            f"{prompt!r} is not a caption of the digits data: write one such as {caption(3, 'up and left')!r}"
+        )
+    digit, direction = divmod(captions().index(prompt), len(DIRECTIONS))
+    return digit, tuple(DIRECTIONS)[direction]
+
+
+class Images(NamedTuple):
+    """Handwritten digits: pixels 0 to 16, and the digit each shows."""
+
+    image_NHW: UInt8[np.ndarray, "n 8 8"]
+    digit_N: Int[np.ndarray, "n"]
+
+
+def load_images(split: str) -> Images:
+    """scikit-learn's 1,797 digits: 360 of them, picked by a fixed permutation, are "validation", the rest "train".
+
+    Raises:
+        ValueError: the split is neither.
+    """
+    if split not in ("train", "validation"):
+        raise ValueError(f"{split=} must be 'train' or 'validation'")
+    pixel_NP, digit_N = datasets.load_digits(return_X_y=True)
+    # RandomState's stream is frozen by NumPy's policy; Generator's may change between versions.
+    order = np.random.RandomState(0).permutation(len(digit_N))
+    chosen = order[:VALIDATION_DIGITS] if split == "validation" else order[VALIDATION_DIGITS:]
+    return Images(pixel_NP[chosen].reshape(-1, DIGIT_SIZE, DIGIT_SIZE).astype(np.uint8), digit_N[chosen])
+
+
+def draw_starts(random: np.random.RandomState, step_B2: Int[np.ndarray, "b 2"]) -> Int[np.ndarray, "b 2"]:
+    """Draws top left corners (y, x) uniformly among those from which the whole digit stays on the canvas."""
+    travel = (FRAMES - 1) * step_B2
+    low = np.maximum(0, -travel)
+    high = SIZE - DIGIT_SIZE - np.maximum(0, travel)
+    return random.randint(low, high + 1)
+
+
+def render(
+    image_BHW: UInt8[np.ndarray, "b 8 8"], step_B2: Int[np.ndarray, "b 2"], start_B2: Int[np.ndarray, "b 2"]
+) -> UInt8[np.ndarray, "b t h w 1"]:
+    """Draws each digit (pixels 0 to 16) moving by `step` = (dy, dx) a frame from top left corner `start` = (y, x).
+
+    Returns videos of pixels 0 to 255.
+
+    Raises:
+        ValueError: a digit would leave the canvas.
+    """
+    corner_BT2 = start_B2[:, None] + step_B2[:, None] * np.arange(FRAMES)[:, None]
+    if corner_BT2.size and (corner_BT2.min() < 0 or corner_BT2.max() > SIZE - DIGIT_SIZE):
+        raise ValueError(
+            f"a digit's corner runs from {corner_BT2.min()} to {corner_BT2.max()}, allowed is 0 to "
+            f"{SIZE - DIGIT_SIZE}: take starts from draw_starts"
+        )
+    batch, frame = np.arange(len(image_BHW))[:, None, None, None], np.arange(FRAMES)[:, None, None]
+    y = corner_BT2[..., 0, None, None] + np.arange(DIGIT_SIZE)[:, None]
+    x = corner_BT2[..., 1, None, None] + np.arange(DIGIT_SIZE)
+    video = np.zeros((len(image_BHW), FRAMES, SIZE, SIZE, 1), np.uint8)
+    video[batch, frame, y, x, 0] = np.round(image_BHW * (255 / 16)).astype(np.uint8)[:, None]
+    return video
+
+
+def video_to_latent(video: UInt8[np.ndarray, "*b t h w 1"]) -> Float[np.ndarray, "*b t h w 1"]:
+    """Scales pixels 0 to 255 to latents of mean 0 and variance 1."""
+    return (video.astype(np.float32) / 255 - LATENT_MEAN) / LATENT_STD
+
+
+def latent_to_video(latent: Float[np.ndarray, "*b t h w 1"]) -> UInt8[np.ndarray, "*b t h w 1"]:
+    """Scales latents to pixels, rounded and clipped to 0 to 255."""
+    pixel = np.asarray(latent, np.float32) * LATENT_STD + LATENT_MEAN
+    return np.clip(np.round(pixel * 255), 0, 255).astype(np.uint8)
+
+
+class Films(NamedTuple):
+    """Rendered videos (pixels 0 to 255) and their captions."""
+
+    video_BTHWC: UInt8[np.ndarray, "b t h w 1"]
+    prompt: list[str]
+
+
+def film(images: Images, *, views: int, seed: int, chunk: int = 1024) -> Iterator[Films]:
+    """Films every digit `views` times in every direction, in an order that mixes digits and directions."""
+    random = np.random.RandomState(seed)
+    step = np.array(tuple(DIRECTIONS.values()))
+    count = len(images.image_NHW)
+    for first in range(0, views * len(DIRECTIONS) * count, chunk):
+        index = np.arange(first, min(first + chunk, views * len(DIRECTIONS) * count))
+        digit, direction = index % count, (index + index // count) % len(DIRECTIONS)
+        step_B2 = step[direction]
+        names = tuple(DIRECTIONS)
+        yield Films(
+            render(images.image_NHW[digit], step_B2, draw_starts(random, step_B2)),
+            [caption(d, names[k]) for d, k in zip(images.digit_N[digit], direction, strict=True)],
+        )
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class DigitsConfig(tfds.core.BuilderConfig):
+    """`limit`: film only the first so many digits of each split; None films all."""
+
+    limit: int | None = None
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+    """Moving-digit videos as the records every training run reads: latent, text embedding, prompt."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = (DigitsConfig(name="all", description="Every digit in every direction."),)
+    # Nothing is downloaded. TFDS's own answer needs importlib_resources, which it does not install.
+    url_infos = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "latent": tfds.features.Tensor(
+                        shape=(FRAMES, SIZE, SIZE, 1), dtype=ml_dtypes.bfloat16, encoding="bytes"
+                    ),
+                    "text": tfds.features.Tensor(shape=(text.LENGTH, text.DIM), dtype=np.float32, encoding="bytes"),
+                    "prompt": tfds.features.Text(),
+                }
+            ),
+            # Loaders shuffle; stored order is the order of `film`.
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {
+            "train": self._generate_examples("train", views=TRAIN_VIEWS, seed=1),
+            "validation": self._generate_examples("validation", views=VALIDATION_VIEWS, seed=2),
+        }
+
+    def _generate_examples(self, split, *, views, seed):
+        assert isinstance(self.builder_config, DigitsConfig)
+        images = Images(*(array[: self.builder_config.limit] for array in load_images(split)))
+        embedding = dict(zip(captions(), text.encode(captions()), strict=True))
+        key = 0
+        with tqdm.tqdm(total=views * len(DIRECTIONS) * len(images.digit_N), unit=" videos", disable=None) as bar:
+            bar.set_description(f"digits: {split}")
+            for films in film(images, views=views, seed=seed):
+                latent_BTHWC = video_to_latent(films.video_BTHWC).astype(ml_dtypes.bfloat16)
+                for latent, prompt in zip(latent_BTHWC, films.prompt, strict=True):
+                    yield key, {"latent": latent, "text": embedding[prompt], "prompt": prompt}
+                    key += 1
+                bar.update(len(latent_BTHWC))
+
+
+def build(data_dir: str | os.PathLike, *, limit: int | None = None) -> Digits:
+    """Returns the builder of the data set under `data_dir`, after writing it there if it is not there yet.
+
+    TFDS writes into a directory beside and renames it: an interrupted build leaves no half-written data set.
+    """
+    config = DigitsConfig(name=f"first_{limit}", limit=limit) if limit else "all"
+    new_builder = functools.partial(Digits, data_dir=data_dir, config=config, file_format="array_record")
+    builder = new_builder()
+    info = builder.data_path / "dataset_info.json"
+    if info.exists():
+        return builder
+    tfds.display_progress_bar(False)  # Ours says more.
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS would speak of a download.
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    except OSError:
+        # Another process that built the same data may have renamed its directory first.
+        if not info.exists():
+            raise
+        builder = new_builder()
+    finally:
+        tfds.display_progress_bar(True)
+    counts = " and ".join(f"{split.num_examples:,} {name}" for name, split in builder.info.splits.items())
+    print(f"digits: {counts} videos in {builder.data_dir}")
+    return builder

@@ -1,0 +1,151 @@
+"""Runs a stack of identical transformer blocks: one compiled block, scanned over stacked parameters.
+
+Two modes, because JAX's derivative rules for attention come in two kinds (see pallas_kernels):
+
+`mode="reverse"` is for values and ordinary gradients; `remat` chooses what the backward pass recomputes.
+
+`mode="forward"` is for `jax.jvp` with respect to the activations and the gradient, with respect to the parameters,
+of the *primal* output of that jvp. It is what the sCM loss needs: student value, tangent and gradient from one
+student forward. Differentiating the scan of jvps itself is right but slow, since JAX then also carries the tangent
+chain backwards. So the stack has one rule of its own: forwards, `jax.jvp` of each block, keeping the block's input
+and its attention outputs; backwards, `jax.vjp` of each block with the attention outputs *given*, so that no
+attention forward, and no tangent, runs again.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+import pallas_kernels
+
+Mode = Literal["reverse", "forward"]
+Remat = Literal["none", "block", "attention"]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+# (params, x_BLD, modulation_B6D, text_BSD, attend) -> x_BLD: one block, with its attention op as an argument.
+Block = Callable[[Any, jax.Array, jax.Array, jax.Array, Attend], jax.Array]
+
+
+def run_blocks(
+    block: Block,
+    params: Any,
+    x_BLD: jax.Array,
+    modulation_B6D: jax.Array,
+    text_BSD: jax.Array,
+    *,
+    mode: Mode,
+    remat: Remat,
+) -> jax.Array:
+    """Applies the blocks whose parameters are stacked along the leading axis of every leaf of `params`.
+
+    Raises ValueError for an unknown mode or remat policy, NotImplementedError for a derivative `mode` does not serve.
+    """
+    if mode == "forward":
+        return _forward_mode(block)(params, x_BLD, modulation_B6D, text_BSD)
+    if mode == "reverse":
+        return _scan_blocks(block, params, x_BLD, modulation_B6D, text_BSD, remat)
+    raise ValueError(f"{mode=} must be 'reverse' (values and gradients) or 'forward' (jax.jvp and gradients through it)")
+
+
+def _scan_blocks(block, params, x, modulation, text, remat):
+    def step(x, layer_params):
+        return block(layer_params, x, modulation, text, pallas_kernels.attention), None
+
+    return lax.scan(_checkpoint(step, remat), x, params)[0]
+
+
+def _checkpoint(step, remat):
+    if remat == "none":
+        return step
+    if remat == "block":
+        return jax.checkpoint(step, prevent_cse=False)
+    if remat == "attention":
+        keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+        return jax.checkpoint(step, prevent_cse=False, policy=keep)
+    raise ValueError(f"{remat=} must be 'none', 'block' (recompute all) or 'attention' (recompute all but attention)")
+
+
+def _forward_mode(block):
+    @jax.custom_jvp
+    def stack(params, x, modulation, text):
+        return _scan_blocks(block, params, x, modulation, text, "none")
+
+    def stack_jvp(primals, tangents):
+        params, x, modulation, text = primals
+        params_t, x_t, modulation_t, text_t = tangents
+        if any(not isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves((params_t, text_t))):
+            raise NotImplementedError(
+                "mode='forward' pushes tangents of the latent and the time only; for a gradient with respect to"
+                " parameters or text outside jax.jvp, call the network with mode='reverse'"
+            )
+        x_t, modulation_t = map(_instantiate, (x, modulation), (x_t, modulation_t))
+        return stack_with_tangent(params, x, x_t, modulation, modulation_t, text)
+
+    stack.defjvp(stack_jvp, symbolic_zeros=True)
+
+    @jax.custom_vjp
+    def stack_with_tangent(params, x, x_t, modulation, modulation_t, text):
+        return stack_with_tangent_fwd(params, x, x_t, modulation, modulation_t, text)[0]
+
+    def stack_with_tangent_fwd(params, x, x_t, modulation, modulation_t, text):
+        def step(carry, layer_params):
+            x, x_t = carry
+            f = _recording(block, layer_params, text)
+            y, y_t, kept = jax.jvp(f, (x, modulation), (x_t, modulation_t), has_aux=True)
+            return (y, y_t), (x, kept)
+
+        out, kept = lax.scan(step, (x, x_t), params)
+        return out, (params, modulation, text, kept)
+
+    def stack_with_tangent_bwd(residuals, cotangents):
+        params, modulation, text, kept = residuals
+        y_bar, _ = cotangents  # the tangent is a constant of the loss
+
+        def step(carry, layer):
+            x_bar, modulation_bar, text_bar = carry
+            layer_params, (x, attention) = layer
+            _, pull_back = jax.vjp(_replaying(block, attention), layer_params, x, modulation, text)
+            params_bar, x_bar, modulation_more, text_more = pull_back(x_bar)
+            return (x_bar, modulation_bar + modulation_more, text_bar + text_more), params_bar
+
+        zeros = (y_bar, jnp.zeros_like(modulation), jnp.zeros_like(text))
+        (x_bar, modulation_bar, text_bar), params_bar = lax.scan(step, zeros, (params, kept), reverse=True)
+        return params_bar, x_bar, jnp.zeros_like(x_bar), modulation_bar, jnp.zeros_like(modulation), text_bar
+
+    stack_with_tangent.defvjp(stack_with_tangent_fwd, stack_with_tangent_bwd)
+    return stack
+
+
+def _recording(block, params, text):
+    """(x, modulation) -> (block's output, the (out, lse) of each of its attention calls)."""
+
+    def f(x, modulation):
+        kept = []
+
+        def attend(q, k, v):
+            out, lse = pallas_kernels.attention(q, k, v, mode="forward", return_lse=True)
+            kept.append((out, lse))
+            return out
+
+        y = block(params, x, modulation, text, attend)
+        return y, tuple(kept)
+
+    return f
+
+
+def _replaying(block, attention):
+    """The block with the results of its attention calls given, in the order they were recorded."""
+
+    def f(params, x, modulation, text):
+        given = iter(attention)
+        return block(params, x, modulation, text, lambda q, k, v: pallas_kernels.attention_given(q, k, v, *next(given)))
+
+    return f
+
+
+def _instantiate(primal, tangent):
+    return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent

@@ -1,0 +1,286 @@
+"""The records of a run: every metric as a JSON line, TensorBoard events, one console line, and what was run on what."""
+
+import datetime
+import importlib
+import importlib.metadata
+import io
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+from tensorboardX import FileWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tqdm import tqdm
+
+from rcm_jax import media
+from rcm_jax.config import UserError
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "array_record",
+    "tensorflow-datasets",
+    "numpy",
+)
+CONSOLE = {"loss": "loss", "grad_norm": "grad"}
+OWN_KEYS = ("iteration", "time", "seconds_per_step", "tokens_per_second")
+
+
+class RunRecords:
+    """Writes a run's metrics to workdir/metrics.jsonl, workdir/tensorboard, the console and, if asked for, wandb.
+
+    workdir: the run's folder. total: iterations of the whole run.
+    tokens_per_step: tokens that one step trains on, all processes together.
+    resume_at: iteration the run continues from (0: a new run); records of later iterations, left by the run before it,
+        are dropped.
+    process_index: only process 0 writes; in every other one all methods do nothing.
+    wandb_project: "" for none. console: metric -> its name in the console line, where it is reported.
+    Raises UserError if wandb is asked for and not installed.
+
+    Metrics must be fetched already: a device array given here makes the host wait for the step that computes it.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        total: int,
+        tokens_per_step: int,
+        resume_at: int = 0,
+        process_index: int = 0,
+        wandb_project: str = "",
+        console: Mapping[str, str] = CONSOLE,
+    ):
+        self.enabled = process_index == 0
+        if not self.enabled:
+            return
+        self._wandb = _start_wandb(wandb_project, workdir) if wandb_project else None
+        self._total, self._tokens_per_step, self._console = total, tokens_per_step, console
+        # At iteration 0 nothing is trained yet: whatever is there belongs to another run.
+        first_dropped = resume_at + 1 if resume_at else 0
+        self._log = _open_log(Path(workdir) / "metrics.jsonl", first_dropped)
+        self._tensorboard = _open_tensorboard(Path(workdir) / "tensorboard", first_dropped)
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=resume_at, bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}")
+        self._iteration, self._seconds, self._running_since = resume_at, 0.0, time.monotonic()
+
+    def write(self, iteration: int, metrics: Mapping[str, Any]) -> None:
+        """Records the scalar `metrics` after `iteration` steps, and the speed since the last call that had a lower one.
+
+        Raises ValueError, before anything is written, for a metric that is not one number or has a reserved name.
+        """
+        if not self.enabled:
+            return
+        numbers = {name: _number(name, value) for name, value in metrics.items()}
+        speed = self._speed(iteration)
+        record = {"iteration": int(iteration), "time": round(time.time(), 3), **speed, **numbers}
+        self._log.write(media.json_text(record) + "\n")
+        self._log.flush()  # a crash after this keeps the line
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in {**speed, **numbers}.items()]
+        self._tensorboard.add_summary(Summary(value=values), iteration)
+        if self._wandb is not None:
+            self._wandb.log({**speed, **numbers}, step=int(iteration))
+        self._print_line(iteration, numbers, speed)
+
+    def write_video(self, iteration: int, name: str, video_THWC: ArrayLike, *, fps: float, scale: int = 1) -> None:
+        """Shows a uint8 video (T, H, W, C), C = 1 or 3, under TensorBoard's Images as a looping GIF (and in wandb)."""
+        if not self.enabled:
+            return
+        with self.untimed():
+            gif = media.encode_gif(video_THWC, fps=fps, scale=scale)
+            _, height, width, channels = np.shape(video_THWC)
+            # TensorBoard has no video summary: it hands an image's bytes to the browser, which plays them.
+            image = Summary.Image(
+                height=height * scale, width=width * scale, colorspace=channels, encoded_image_string=gif
+            )
+            self._tensorboard.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), iteration)
+            if self._wandb is not None:
+                self._wandb.log({name: self._wandb.Video(io.BytesIO(gif), format="gif")}, step=int(iteration))
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What runs inside (sampling, scoring) does not count as time of training steps."""
+        if not self.enabled or self._running_since is None:
+            yield
+            return
+        self._seconds += time.monotonic() - self._running_since
+        self._running_since = None
+        try:
+            yield
+        finally:
+            self._running_since = time.monotonic()
+
+    def say(self, message: str) -> None:
+        """Prints a line above the progress bar."""
+        if not self.enabled:
+            return
+        if self._bar is None:
+            print(message, flush=True)
+        else:
+            self._bar.write(message)
+
+    def close(self) -> None:
+        """Writes out what is still held back. The records take nothing more after it."""
+        if not self.enabled:
+            return
+        self.enabled = False
+        self._log.close()
+        self._tensorboard.close()
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> "RunRecords":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _speed(self, iteration: int) -> dict[str, float]:
+        """Seconds a step and tokens a second since the last iteration that was recorded; {} if it is this one."""
+        steps = iteration - self._iteration
+        if steps <= 0:
+            return {}
+        running = 0 if self._running_since is None else time.monotonic() - self._running_since
+        seconds = max(self._seconds + running, 1e-9) / steps
+        self._iteration, self._seconds = iteration, -running  # what has run so far is accounted for
+        return {"seconds_per_step": seconds, "tokens_per_second": self._tokens_per_step / seconds}
+
+    def _print_line(self, iteration: int, numbers: Mapping[str, float], speed: Mapping[str, float]) -> None:
+        self.say(format_line(iteration, self._total, numbers, speed, self._console))
+        if self._bar is not None:
+            self._bar.update(iteration - self._bar.n)
+
+
+def format_line(
+    iteration: int,
+    total: int,
+    numbers: Mapping[str, float],
+    speed: Mapping[str, float],
+    console: Mapping[str, str] = CONSOLE,
+) -> str:
+    """`iter 1,200/3,000  loss 12.3  grad 0.52  0.213 s/step  9,600 tok/s  6m12s left`, in columns.
+
+    Shows the metrics named in `console`, or all of them if there is none of those.
+    """
+    shown = {label: numbers[name] for name, label in console.items() if name in numbers} or numbers
+    parts = [f"iter {iteration:>{len(f'{total:,}')},}/{total:,}"]
+    parts += [f"{label} {value:<9.4g}" for label, value in shown.items()]
+    if speed:
+        seconds = speed["seconds_per_step"]
+        parts += [f"{seconds:#.3g} s/step", f"{speed['tokens_per_second']:,.0f} tok/s"]
+        parts += [f"{format_duration(seconds * max(0, total - iteration))} left"]
+    return "  ".join(parts).rstrip()
+
+
+def format_duration(seconds: float) -> str:
+    """45s, 6m12s, 2h05m, 3d04h."""
+    seconds = round(seconds)
+    for unit, smaller, size in (("d", "h", 86400), ("h", "m", 3600), ("m", "s", 60)):
+        if seconds >= size:
+            rest = seconds % size * (24 if unit == "d" else 60) // size
+            return f"{seconds // size}{unit}{rest:02d}{smaller}"
+    return f"{seconds}s"
+
+
+def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
+    """metric -> (iterations, values) of a metrics.jsonl; lines that a killed run left unfinished are passed over."""
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for record in _read_lines(Path(path)):
+        for name, value in record.items():
+            if name in ("iteration", "time"):
+                continue
+            iterations, values = curves.setdefault(name, ([], []))
+            iterations.append(record["iteration"])
+            values.append(float(value))  # non-finite numbers are stored as "nan", "inf", "-inf"
+    return curves
+
+
+def write_run_info(workdir: str | Path, config: Mapping[str, Any], *, process_index: int = 0) -> dict:
+    """Writes workdir/run.json (process 0 only): the resolved config, the command, package versions and devices.
+
+    Returns what it holds. A resumed run writes it anew.
+    """
+    info = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.orig_argv),
+        "config": config,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "devices": {
+            "kind": jax.devices()[0].device_kind,
+            "platform": jax.default_backend(),
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+        },
+    }
+    if process_index == 0:
+        media.write_file(Path(workdir) / "run.json", media.json_text(info, indent=2).encode() + b"\n")
+    return info
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _number(name: str, value: Any) -> float:
+    if name in OWN_KEYS:
+        raise ValueError(f"metric name {name!r} is taken by the log itself: choose a name outside {OWN_KEYS}")
+    if isinstance(value, str | None) or np.ndim(value) != 0:
+        raise ValueError(
+            f"metric {name!r} is {value!r}: it must be one number, reduce it (mean, sum) before recording it"
+        )
+    return float(value)
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
+def _open_log(path: Path, first_dropped: int) -> TextIO:
+    """Opens a metrics.jsonl for appending, rid of torn lines and of the records from `first_dropped` on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        kept = [media.json_text(record) for record in _read_lines(path) if record["iteration"] < first_dropped]
+        media.write_file(path, "".join(line + "\n" for line in kept).encode())
+    return path.open("a", encoding="utf-8")
+
+
+def _open_tensorboard(folder: Path, first_dropped: int) -> FileWriter:
+    # tensorboardX names files by second and host, and empties a file of the same name.
+    writer = FileWriter(folder, flush_secs=10, filename_suffix=f".{time.time_ns()}")
+    # Tells TensorBoard to forget what earlier files hold from this step on.
+    writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step=first_dropped)
+    return writer
+
+
+def _start_wandb(project: str, workdir: str | Path) -> ModuleType:
+    """Starts a wandb run and gives the module, whose functions then act on that run."""
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise UserError(f"wandb_{project=} needs the package wandb: pip install wandb, or leave it empty") from None
+    wandb.init(project=project, name=Path(workdir).name, dir=workdir)
+    return wandb

@@ -1,0 +1,74 @@
+"""The mesh, and where every array of a run lies on it: the only file that names mesh axes.
+
+Two axes: `data` replicates the parameters, `fsdp` shards them; a batch is cut over both.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp")
+BATCH = PartitionSpec(AXES)
+
+# (pattern of a parameter's dotted path, how its axes lie). Every leaf must match exactly one.
+RULES = (
+    (r"blocks\.(self_attn|cross_attn|ffn)\.\w+\.kernel", PartitionSpec(None, "fsdp", None)),
+    (r"blocks\.(self_attn|cross_attn|ffn)\.\w+\.(bias|scale)", PartitionSpec()),
+    (r"blocks\.norm3\.(bias|scale)", PartitionSpec()),
+    (r"(patch_embedding|time_projection|head\.head|(text|time)_embedding\.\w+)\.kernel", PartitionSpec("fsdp", None)),
+    (r"(patch_embedding|time_projection|head\.head|(text|time)_embedding\.\w+)\.bias", PartitionSpec()),
+    (r"(blocks|head)\.modulation", PartitionSpec()),
+)
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
+    """A mesh over all devices of all processes; -1 takes the devices that are left.
+
+    Raises ValueError if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.device_count()
+    sizes = {"data": data, "fsdp": fsdp}
+    if list(sizes.values()).count(-1) == 1:
+        known = -int(np.prod(list(sizes.values())))
+        sizes = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
+    if int(np.prod(list(sizes.values()))) != devices or min(sizes.values()) < 1:
+        raise ValueError(f"mesh of data={data}, fsdp={fsdp} does not cover {devices} devices: set mesh.data=-1")
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a scalar, or of any array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array whose leading axis is the batch."""
+    return NamedSharding(mesh, BATCH)
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of every leaf of a pytree whose leaves are scalars or lie at a path that ends in a parameter's.
+
+    Raises ValueError for a leaf that no rule, or more than one, matches, or that does not divide over its axes.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _leaf_sharding(_dotted(path), leaf, mesh), tree)
+
+
+def _leaf_sharding(path: str, leaf: Any, mesh: Mesh) -> NamedSharding:
+    if leaf.ndim == 0:
+        return replicated(mesh)
+    matches = [spec for pattern, spec in RULES if re.search(rf"(^|\.){pattern}$", path)]
+    if len(matches) != 1:
+        raise ValueError(f"{path} matches {len(matches)} rules of sharding.RULES: it must match exactly one")
+    sharding = NamedSharding(mesh, matches[0])
+    for size, axis in zip(leaf.shape, matches[0], strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(f"{path} has {size} rows, not a multiple of mesh.{axis}={mesh.shape[axis]}: lower it")
+    return sharding
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return ".".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)

@@ -1,0 +1,97 @@
+"""All that a run carries from one step to the next, and how it starts."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Params = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Parameters of every network in float32 masters, their optimisers and the counters that schedules read.
+
+    `teacher` is None when a run trains by flow matching; `fake` and `fake_opt` are None without a DMD loss.
+    `student_updates` and `critic_updates` count attempts, skipped ones included, so that every schedule of a run is a
+    function of its iteration alone; `skipped` counts updates dropped because a gradient was not finite.
+    """
+
+    iteration: jax.Array
+    student_updates: jax.Array
+    critic_updates: jax.Array
+    skipped: jax.Array
+    student: Params
+    ema: Params
+    student_opt: optax.OptState
+    teacher: Params | None
+    fake: Params | None
+    fake_opt: optax.OptState | None
+
+
+def create_state(
+    student: Params,
+    teacher: Params | None,
+    student_optimizer: optax.GradientTransformation,
+    critic_optimizer: optax.GradientTransformation | None,
+) -> TrainState:
+    """A state at iteration 0; student, EMA and fake score are copies, so that each can be donated.
+
+    Without a `critic_optimizer` there is no fake score.
+    """
+    copy = lambda params: jax.tree.map(jnp.copy, params)  # noqa: E731
+    fake = None if critic_optimizer is None else copy(teacher)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        iteration=zero,
+        student_updates=jnp.copy(zero),
+        critic_updates=jnp.copy(zero),
+        skipped=jnp.copy(zero),
+        student=copy(student),
+        ema=copy(student),
+        student_opt=student_optimizer.init(student),
+        teacher=teacher,
+        fake=fake,
+        fake_opt=None if critic_optimizer is None else critic_optimizer.init(fake),
+    )
+
+
+def create_optimizer(
+    learning_rate: float,
+    *,
+    b1: float = 0.0,
+    b2: float = 0.999,
+    weight_decay: float = 0.01,
+    warmup: int = 100,
+    decay_from: int | None = None,
+    total: int | None = None,
+) -> optax.GradientTransformation:
+    """AdamW with linear warm-up and, if `decay_from` is given, a linear decay to zero at `total` updates.
+
+    With b1 = 0 the first moment is the gradient and is not stored. Weight decay applies to kernels only.
+    """
+    schedule = optax.linear_schedule(learning_rate / max(warmup, 1), learning_rate, max(warmup - 1, 1))
+    if decay_from is not None:
+        ramp = optax.linear_schedule(learning_rate, 0.0, max(total - decay_from, 1))
+        schedule = optax.join_schedules([schedule, ramp], [decay_from])
+    if b1 == 0.0:
+        precondition = optax.scale_by_rms(b2, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
+    else:
+        precondition = optax.scale_by_adam(b1, b2, eps=1e-8)
+    return optax.chain(
+        precondition,
+        optax.add_decayed_weights(weight_decay, mask=_is_kernel),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def ema_exponent(sigma_rel: float) -> float:
+    """gamma of the power EMA of relative width `sigma_rel` (EDM2, arXiv 2312.02696, eq. 123)."""
+    return float(np.roots([1.0, 7.0, 16.0 - sigma_rel**-2, 12.0 - sigma_rel**-2]).real.max())
+
+
+def _is_kernel(params: Params) -> Params:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

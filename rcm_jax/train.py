@@ -1,0 +1,280 @@
+"""The story of a run, from its config to its last checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rcm_jax import sampling, sharding
+from rcm_jax.checkpoint import Checkpoints, export_safetensors, load_safetensors
+from rcm_jax.config import UserError, parse_stages
+from rcm_jax.convert.wan import params_from_wan, wan_tensors
+from rcm_jax.data import digits, pipeline, text
+from rcm_jax.models.functional import Network, functional
+from rcm_jax.models.wan import PRESETS, Wan
+from rcm_jax.records import RunRecords, write_run_info
+from rcm_jax.schedule import Phase, needs, phase_at, total_iterations
+from rcm_jax.state import Params, TrainState, create_optimizer, create_state, ema_exponent
+from rcm_jax.steps import Metrics, Recipe, critic_step, student_step
+from rcm_jax.trigflow import rf_velocity
+
+# The official balance of the losses, 100 : 1, belongs to latents of 16 x 21 x 60 x 104 elements.
+OFFICIAL_ELEMENTS = 16 * 21 * 60 * 104
+
+
+def train(config: ConfigDict, workdir: str | Path) -> TrainState:
+    """Runs, or resumes, the experiment that `config` describes; everything it writes lies in `workdir`.
+
+    Returns the last state. Raises ValueError for a config that does not fit its data, its teacher or the devices.
+    """
+    workdir = Path(workdir)
+    stages = parse_stages(config.stages)
+    total = total_iterations(stages)
+    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+
+    source = pipeline.open_source(config.data.name, config.data.dir, "train")
+    latent_shape, text_shape = source[0]["latent"].shape, source[0]["text"].shape
+    batches = pipeline.make_loader(
+        source,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+    network = create_network(config)
+    optimizers = create_optimizers(config)
+    state = init_state(config, network, optimizers, mesh)
+    negative = negative_text(config, text_shape)
+    take_step = compile_steps(config, network, optimizers, latent_shape, negative, jax.tree.map(_sharding, state))
+
+    write_run_info(workdir, config.to_dict(), process_index=jax.process_index())
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, every=config.checkpoint.every)
+    start = 0
+    if checkpoints.latest() is not None:
+        start, state = checkpoints.restore(state, batches)
+    records = RunRecords(
+        workdir,
+        total=total,
+        tokens_per_step=config.data.batch_size * PRESETS[config.model.preset].tokens(latent_shape),
+        resume_at=start,
+        process_index=jax.process_index(),
+        wandb_project=config.log.wandb,
+    )
+
+    window = []
+    for iteration in range(start, total):
+        phase = phase_at(
+            stages,
+            iteration,
+            tangent_warmup=config.loss.tangent_warmup,
+            student_update_freq=config.loss.student_update_freq,
+        )
+        state, metrics = take_step(state, to_mesh(next(batches), mesh), phase)
+        window.append(metrics)
+        done = iteration + 1
+        if done % config.log.every == 0 or done == total:
+            records.write(done, window_means(jax.device_get(window)))
+            window = []
+        if config.log.sample_every and done % config.log.sample_every == 0:
+            record_samples(records, done, config, network, state.ema, source)
+        checkpoints.save(done, state, batches, force=done == total)
+
+    with records.untimed():
+        checkpoints.wait()
+        export(config, state, workdir)
+    records.close()
+    return state
+
+
+def create_network(config: ConfigDict) -> Network:
+    """The network of the config's preset, as pure functions. Raises UserError for an unknown preset."""
+    if config.model.preset not in PRESETS:
+        raise UserError(f"model.preset={config.model.preset!r} must be one of {', '.join(PRESETS)}")
+    preset, dtype = PRESETS[config.model.preset], jnp.dtype(config.model.dtype)
+    return functional(lambda rngs: Wan(preset, dtype=dtype, remat=config.model.remat, rngs=rngs))
+
+
+def load_params(path: str | Path, network: Network) -> Params:
+    """A network's parameters from a safetensors file with Wan's tensor names: a teacher, or a student we exported."""
+    tensors, _ = load_safetensors(path)
+    return params_from_wan(tensors, network.abstract_params(), source=str(path))
+
+
+def negative_text(config: ConfigDict, text_shape: tuple[int, ...]) -> jax.Array:
+    """Embedding (S, D) of the negative prompt: the array "text" of a file, or that of "" by the digits' encoder."""
+    path = config.teacher.negative_path
+    if not path:
+        length, dim = text_shape
+        return jnp.asarray(text.encode([""], length=length, dim=dim)[0])
+    tensors, _ = load_safetensors(path)
+    if "text" not in tensors or tensors["text"].shape != text_shape:
+        raise UserError(f"teacher.negative_path={path} must hold one array `text` of shape {text_shape}, as the data has")
+    return jnp.asarray(tensors["text"], jnp.float32)
+
+
+class Optimizers(NamedTuple):
+    """The student's optimiser and the fake score's, None if no stage has a DMD loss."""
+
+    student: optax.GradientTransformation
+    critic: optax.GradientTransformation | None
+
+
+def create_optimizers(config: ConfigDict) -> Optimizers:
+    """AdamW as config.optimizer says."""
+    c, stages = config.optimizer, parse_stages(config.stages)
+
+    def create(learning_rate: float) -> optax.GradientTransformation:
+        decay = {"decay_from": c.decay_from, "total": c.decay_to} if c.decay_to else {}
+        return create_optimizer(
+            learning_rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, warmup=c.warmup, **decay
+        )
+
+    return Optimizers(create(c.student_lr), create(c.critic_lr) if needs(stages, "dmd") else None)
+
+
+def create_initial_state(
+    config: ConfigDict, network: Network, optimizers: Optimizers, teacher: Params | None
+) -> TrainState:
+    """Iteration 0, traceable: every network a copy of the teacher, or without one a student at random."""
+    student = network.init(jax.random.key(config.seed)) if teacher is None else teacher
+    return create_state(student, teacher, *optimizers)
+
+
+def init_state(config: ConfigDict, network: Network, optimizers: Optimizers, mesh: Mesh) -> TrainState:
+    """Iteration 0 on the mesh. Raises UserError if the run distils and names no teacher."""
+    teacher = None
+    if not needs(parse_stages(config.stages), "flow_matching"):
+        if not config.teacher.path:
+            raise UserError("teacher.path is empty: give the safetensors file of the model to distil")
+        teacher = load_params(config.teacher.path, network)
+
+    def init(teacher: Params | None) -> TrainState:
+        return create_initial_state(config, network, optimizers, teacher)
+
+    shardings = sharding.tree_shardings(jax.eval_shape(init, teacher), mesh)
+    return jax.jit(init, out_shardings=shardings)(teacher)
+
+
+def make_recipe(config: ConfigDict, latent_shape: tuple[int, ...]) -> Recipe:
+    """The numbers of a step. Without loss.scm_weight it follows from the latent's size.
+
+    sCM's gradient has length at most 1 for any size, DMD's grows as its square root.
+    """
+    c = config.loss
+    scm_weight = c.scm_weight
+    if scm_weight is None:
+        scm_weight = 100.0 * float(np.sqrt(np.prod(latent_shape) / OFFICIAL_ELEMENTS))
+    return Recipe(
+        guidance=config.teacher.guidance,
+        scm_weight=scm_weight,
+        dmd_weight=c.dmd_weight,
+        simulation_steps=c.simulation_steps,
+        simulation_times=tuple(c.simulation_times),
+        p_G_mean=c.p_G_mean,
+        p_G_std=c.p_G_std,
+        p_D_shift=c.p_D_shift,
+        dcm_steps=c.dcm_steps,
+        dcm_shift=c.dcm_shift,
+        ema_gamma=ema_exponent(config.ema.sigma_rel),
+        accumulate=config.data.accumulate,
+    )
+
+
+TakeStep = Callable[[TrainState, dict[str, jax.Array], Phase], tuple[TrainState, Metrics]]
+
+
+def compile_steps(
+    config: ConfigDict,
+    network: Network,
+    optimizers: Optimizers,
+    latent_shape: tuple[int, ...],
+    negative: jax.Array,
+    shardings: TrainState,
+) -> TakeStep:
+    """The two jitted steps behind one call; each compiles when its phase first comes. The state is donated."""
+    recipe = make_recipe(config, latent_shape)
+
+    def key(state: TrainState) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(config.seed), state.iteration)
+
+    def student(state, batch, tangent_ratio, negative, losses):
+        return student_step(
+            state,
+            batch,
+            key(state),
+            tangent_ratio,
+            loss_names=losses,
+            apply=network.apply,
+            optimizer=optimizers.student,
+            recipe=recipe,
+            negative_text=negative,
+        )
+
+    def critic(state, batch):
+        return critic_step(
+            state, batch, key(state), apply=network.apply, optimizer=optimizers.critic, recipe=recipe
+        )
+
+    out = (shardings, None)
+    student = jax.jit(student, static_argnames="losses", donate_argnums=0, out_shardings=out)
+    critic = jax.jit(critic, donate_argnums=0, out_shardings=out)
+
+    def take_step(state: TrainState, batch: dict[str, jax.Array], phase: Phase) -> tuple[TrainState, Metrics]:
+        if phase.update == "critic":
+            return critic(state, batch)
+        return student(state, batch, np.float32(phase.tangent_ratio), negative, losses=phase.losses)
+
+    return take_step
+
+
+def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process' rows of a batch as global arrays; prompts stay behind."""
+    place = sharding.batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(place, batch[name]) for name in ("latent", "text")}
+
+
+def window_means(window: list[Metrics]) -> dict[str, float]:
+    """Mean of each metric over the iterations that have it; a running count keeps its last value."""
+    names = dict.fromkeys(name for metrics in window for name in metrics)
+    values = {name: [float(metrics[name]) for metrics in window if name in metrics] for name in names}
+    return {name: series[-1] if name == "skipped" else float(np.mean(series)) for name, series in values.items()}
+
+
+def record_samples(
+    records: RunRecords, iteration: int, config: ConfigDict, network: Network, params: Params, source: Any
+) -> None:
+    """Writes 4-step samples of the first captions of the data to the run's records."""
+    with records.untimed():
+        first = pipeline.read(source, range(config.log.samples))
+        times = sampling.few_step_times(
+            sampling.MAX_STEPS, sigma_max=config.sampling.sigma_max, mid_times=config.sampling.mid_times
+        )
+
+        @jax.jit
+        def sample(params: Params, text_BSD: jax.Array, seeds_B: jax.Array) -> jax.Array:
+            velocity = rf_velocity(lambda x, time: network.apply(params, x, time, text_BSD))
+            return sampling.few_step(velocity, seeds_B, first["latent"].shape[1:], times)
+
+        latents = sample(params, first["text"], np.arange(config.log.samples))
+        if config.data.name == "digits":
+            for prompt, video in zip(first["prompt"], digits.latent_to_video(np.asarray(latents)), strict=True):
+                records.write_video(iteration, str(prompt), video, fps=8, scale=8)
+
+
+def export(config: ConfigDict, state: TrainState, workdir: Path) -> None:
+    """Writes student.safetensors and ema.safetensors, float32, by Wan's tensor names."""
+    metadata = {"model": config.model.preset, "stages": config.stages, "iteration": str(int(state.iteration))}
+    for name, params in (("student", state.student), ("ema", state.ema)):
+        tensors = wan_tensors(params, PRESETS[config.model.preset])
+        export_safetensors(workdir / f"{name}.safetensors", tensors, metadata | {"parameters": name})
+
+
+def _sharding(leaf: jax.Array) -> Any:
+    return leaf.sharding

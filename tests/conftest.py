@@ -1,0 +1,30 @@
+"""What every test runs under: eight CPU devices, no silent broadcasting of ranks, shapes and types checked."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+import safetensors
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+install_import_hook(["rcm_jax", "pallas_kernels"], "beartype.beartype")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], tuple[dict[str, np.ndarray], dict[str, str]]]:
+    """`golden("scm")` gives (tensors, metadata) of tests/golden/scm.safetensors; see the README there."""
+
+    def load(name: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        with safetensors.safe_open(GOLDEN / f"{name}.safetensors", framework="numpy") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+
+    return load

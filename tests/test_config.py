@@ -1,0 +1,311 @@
+"""Recipes: files, overrides and rules. Every mistake is one line that names the value, the rule and the remedy."""
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict, config_dict
+
+from rcm_jax.config import Command, Stage, UserError, load, parse_stages, validate
+
+RECIPE = """
+from ml_collections import ConfigDict, config_dict
+
+def get_config():
+    return ConfigDict({
+        "seed": 0, "stages": "scm:1,rcm:2",
+        "model": {"preset": "digits", "dtype": "float32", "remat": False},
+        "teacher": {"path": config_dict.placeholder(str), "guidance": 5.0},
+        "data": {"name": "digits", "dir": "data", "batch_size": 64, "accumulate": 2},
+        "optimizer": {"student_lr": 1e-4, "critic_lr": 1e-5, "weight_decay": 0.01, "b1": 0.0, "b2": 0.999, "warmup": 100},
+        "loss": {"scm_weight": config_dict.placeholder(float), "dmd_weight": 1.0, "tangent_warmup": 0,
+                 "student_update_freq": 5, "simulation_steps": 4, "simulation_times": (), "p_G_mean": 0.7,
+                 "p_G_std": 1.6, "p_D_shift": 5.0, "dcm_steps": 48, "dcm_shift": 5.0},
+        "ema": {"sigma_rel": 0.1}, "mesh": {"data": -1, "fsdp": 1}, "checkpoint": {"every": 100, "keep": 2},
+        "log": {"every": 10, "sample_every": 0, "wandb": config_dict.placeholder(str)},
+        "sampling": {"sigma_max": 80.0, "mid_times": (1.5, 1.4, 1.0), "teacher_steps": 50},
+    })
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.py"
+    path.write_text(RECIPE)
+    return path
+
+
+def at(config: ConfigDict, key: str) -> object:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def stages(*pairs: tuple[str, int]) -> tuple[Stage, ...]:
+    return tuple(Stage(frozenset(losses.split("+")), iterations) for losses, iterations in pairs)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("flow_matching:2000", stages(("flow_matching", 2000))),
+        ("dcm:200,scm:400,scm+dmd:1000", stages(("dcm", 200), ("scm", 400), ("scm+dmd", 1000))),
+        ("rcm:7", stages(("scm+dmd", 7))),
+        ("dmd+dcm:1, dmd:2", stages(("dcm+dmd", 1), ("dmd", 2))),
+    ],
+)
+def test_stages_name_losses_and_iterations(text: str, expected: tuple[Stage, ...]):
+    assert parse_stages(text) == expected
+
+
+JOINABLE = st.sampled_from(["flow_matching", "scm", "dcm", "dmd", "scm+dmd", "dmd+scm", "dcm+dmd"])
+
+
+@given(st.lists(st.tuples(JOINABLE, st.integers(1, 10**9)), min_size=1, max_size=6))
+def test_any_list_of_valid_stages_is_read_back(pairs: list[tuple[str, int]]):
+    assert parse_stages(",".join(f"{losses}:{iterations}" for losses, iterations in pairs)) == stages(*pairs)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "LOSSES:ITERATIONS"),
+        ("scm", "positive number of iterations"),
+        ("scm:0", "positive number of iterations"),
+        ("scm:-3", "positive number of iterations"),
+        ("scm:1.5", "positive number of iterations"),
+        ("scm:²", "positive number of iterations"),
+        ("scm:1,", "LOSSES:ITERATIONS"),
+        ("dmdd:10", "did you mean dmd?"),
+        ("scm + dmd:10", "did you mean scm?"),
+        ("scm+scm:10", "once"),
+        ("rcm+dmd:10", "once"),
+        ("scm+dcm:10", "must not join scm and dcm"),
+        ("rcm+dcm:10", "must not join scm and dcm"),
+        ("flow_matching+dmd:10", "flow_matching alone"),
+    ],
+)
+def test_a_wrong_stage_is_quoted_with_its_rule(text: str, message: str):
+    with pytest.raises(UserError) as error:
+        parse_stages(text)
+    assert message in str(error.value)
+    assert repr(text.split(",")[-1]) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.batch_size=128", 128),
+        ("model.dtype=bfloat16", "bfloat16"),
+        ("model.remat=true", True),
+        ("model.remat=False", False),
+        ("optimizer.student_lr=2e-6", 2e-6),
+        ("teacher.guidance=3", 3.0),
+        ("data.dir=a=b", "a=b"),
+        ("sampling.mid_times=(1.3, 1.0, 0.6)", (1.3, 1.0, 0.6)),
+        ("sampling.mid_times=1.3,1", (1.3, 1.0)),
+        ("sampling.mid_times=1.3", (1.3,)),
+        ("sampling.mid_times=()", ()),
+        ("loss.scm_weight=2", 2.0),
+        ("loss.scm_weight=none", None),
+        ("teacher.path=teacher.safetensors", "teacher.safetensors"),
+    ],
+)
+def test_an_override_sets_a_value_of_the_recipes_type(recipe: Path, override: str, expected: object):
+    value = at(load(recipe, [override]), override.partition("=")[0])
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_the_last_override_wins(recipe: Path):
+    assert load(recipe, ["seed=1", "seed=2"]).seed == 2
+
+
+def test_a_loaded_config_takes_no_new_key(recipe: Path):
+    with pytest.raises(KeyError, match="locked"):
+        load(recipe).data.batch_sise = 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.batch_sise=64", "did you mean data.batch_size?"),
+        ("batch_size=64", "did you mean data.batch_size?"),
+        ("dta.batch_size=64", "did you mean data.batch_size?"),
+        ("nonsense_beyond_repair=1", "known are checkpoint.every"),
+        ("data=3", "it is a group: set one of data.accumulate, data.batch_size, data.dir, data.name"),
+        ("data.batch_size", "write --config.data.batch_size=VALUE"),
+        ("data.batch_size=many", "must be of type int: its value in the config file is 64"),
+        ("data.batch_size=1.5", "must be of type int"),
+        ("data.batch_size=none", "must be of type int"),
+        ("teacher.guidance=high", "must be of type float"),
+        ("teacher.guidance=nan", "must be of type float"),
+        ("model.remat=maybe", "must be of type bool"),
+        ("loss.scm_weight=heavy", "must be of type float or none"),
+        ("sampling.mid_times=1.5,late", "must be of type tuple"),
+        ("sampling.mid_times=(1.5,None)", "must be of type tuple"),
+    ],
+)
+def test_a_wrong_override_is_quoted_with_its_remedy(recipe: Path, override: str, message: str):
+    with pytest.raises(UserError) as error:
+        load(recipe, [override])
+    assert f"--config.{override}" in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("get_config = (", "recipe.py, line 1: "),
+        ("x = 1\n", "has no get_config()"),
+        ("get_config = 3\n", "has no get_config()"),
+        ("\n\nimport no_such_module\n", "line 3: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def get_config():\n    return {}['a']\n", "line 2: KeyError: 'a'"),
+        ("def get_config(name):\n    return name\n", "TypeError"),
+        ("def get_config():\n    raise ValueError('two\\nlines')\n", "line 2: ValueError: two lines"),
+        ("def get_config():\n    return {'seed': 0}\n", "must return a ConfigDict, not dict"),
+        ("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'seed': 0})\n", "has no "),
+    ],
+)
+def test_a_broken_recipe_is_named_in_one_line(recipe: Path, source: str, message: str):
+    recipe.write_text(source)
+    with pytest.raises(UserError) as error:
+        load(recipe)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path):
+    (tmp_path / "binary.py").write_bytes(b"\xff\xfe\x00")
+    for path, message in [("missing.py", "No such file"), (".", "directory"), ("binary.py", "not text")]:
+        with pytest.raises(UserError, match=message) as error:
+            load(tmp_path / path)
+        assert str(tmp_path / path) in str(error.value)
+
+
+def test_loading_leaves_nothing_beside_a_users_recipe(recipe: Path):
+    load(recipe)
+    assert list(recipe.parent.iterdir()) == [recipe]
+
+
+def test_a_value_that_is_plainly_none_has_no_type_to_override(recipe: Path):
+    recipe.write_text(RECIPE.replace("config_dict.placeholder(str)", "None"))
+    with pytest.raises(UserError, match=r"write config_dict.placeholder\(TYPE\)"):
+        load(recipe, ["teacher.path=x"])
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("seed", [-1]),
+        ("stages", ["scm:0", "", 3]),
+        ("model.dtype", ["float16"]),
+        ("teacher.guidance", [0.9, math.inf, math.nan, None]),
+        ("data.batch_size", [0, -64, 63, "64"]),
+        ("data.accumulate", [0, 3]),
+        ("optimizer.student_lr", [0.0, -1e-4]),
+        ("optimizer.critic_lr", [0.0, -1e-4]),
+        ("optimizer.weight_decay", [-0.1]),
+        ("optimizer.b1", [1.0, -0.1]),
+        ("optimizer.b2", [1.0, -0.1]),
+        ("optimizer.warmup", [-1]),
+        ("loss.scm_weight", [-1.0, math.inf]),
+        ("loss.dmd_weight", [-1.0]),
+        ("loss.tangent_warmup", [-1]),
+        ("loss.student_update_freq", [0]),
+        ("loss.simulation_steps", [0]),
+        ("loss.p_G_std", [0.0]),
+        ("loss.p_D_shift", [0.0]),
+        ("loss.dcm_steps", [1]),
+        ("loss.dcm_shift", [0.0]),
+        ("ema.sigma_rel", [0.0, 0.29]),
+        ("mesh.data", [0, -2]),
+        ("mesh.fsdp", [0, -2]),
+        ("checkpoint.every", [0]),
+        ("checkpoint.keep", [0]),
+        ("log.every", [0]),
+        ("log.sample_every", [-1]),
+        ("sampling.sigma_max", [0.0]),
+        ("sampling.mid_times", [(1.0, 1.4), (1.6,), (0.0,), 3, ("a",)]),
+        ("sampling.teacher_steps", [0]),
+    ],
+)
+def test_a_value_that_breaks_its_rule_is_named(recipe: Path, key: str, values: list[object]):
+    for value in values:
+        config = load(recipe)
+        group = at(config, key.rpartition(".")[0]) if "." in key else config
+        with config.unlocked(), config.ignore_type():
+            group[key.rpartition(".")[2]] = value
+        with pytest.raises(UserError) as error:
+            validate(config)
+        assert key in str(error.value)
+        assert str(value) in str(error.value)
+
+
+def test_a_batch_that_does_not_split_names_one_that_does(recipe: Path):
+    with pytest.raises(UserError, match=r"set --config.data.batch_size=63$"):
+        load(recipe, ["data.accumulate=7"])
+
+
+def test_a_missing_key_is_named(recipe: Path):
+    recipe.write_text(RECIPE.replace('"seed": 0,', ""))
+    with pytest.raises(UserError, match="has no seed"):
+        load(recipe)
+
+
+def test_a_placeholder_keeps_its_type_in_a_variant_of_a_recipe(recipe: Path):
+    recipe.write_text(
+        RECIPE.replace("get_config", "base")
+        + "def get_config():\n    c = base()\n    c.teacher.path = 'a'\n    return c\n"
+    )
+    assert load(recipe).teacher.path == "a"
+    assert load(recipe, ["teacher.path=none"]).teacher.path is None
+
+
+class TestCommand:
+    @pytest.fixture
+    def command(self) -> Command:
+        command = Command("Trains.")
+        command.add_argument("--workdir", required=True)
+        return command
+
+    def test_reads_the_recipe_its_overrides_and_the_other_options(self, command: Command, recipe: Path):
+        words = [f"--config={recipe}", "--config.seed=3", "--workdir=runs/a", "--config.log.every", "7"]
+        arguments, config = command.parse(words)
+        assert (arguments.workdir, config.seed, config.log.every) == ("runs/a", 3, 7)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--workdir=w"], "--config"),
+            (["--config={recipe}"], "--workdir"),
+            (["--config={recipe}", "--workdir=w", "--wrokdir=w"], "--wrokdir"),
+            (["--config=nowhere.py", "--workdir=w"], "nowhere.py"),
+            (["--config={recipe}", "--workdir=w", "--config.data.batch_sise=3"], "data.batch_size"),
+            (["--config={recipe}", "--workdir=w", "--config.seed"], "must be of type int"),
+            (["--config={recipe}", "--workdir=w", "--config.seed=-1"], "seed=-1"),
+        ],
+    )
+    def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
+        self, command: Command, recipe: Path, capsys: pytest.CaptureFixture, words: list[str], message: str
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            command.parse([word.format(recipe=recipe) for word in words])
+        out, err = capsys.readouterr()
+        assert exit_.value.code == 2
+        assert out == ""
+        assert err.count("\n") == 1
+        assert message in err
+
+    def test_a_user_error_of_the_run_is_reported_likewise(self, command: Command, capsys: pytest.CaptureFixture):
+        with pytest.raises(SystemExit) as exit_, command.reports_user_errors():
+            raise UserError("mesh.data=3 does not cover 8 devices: set mesh.data=-1")
+        assert exit_.value.code == 2
+        assert capsys.readouterr().err.endswith("error: mesh.data=3 does not cover 8 devices: set mesh.data=-1\n")
+
+    def test_other_errors_keep_their_traceback(self, command: Command):
+        with pytest.raises(ZeroDivisionError), command.reports_user_errors():
+            1 / 0
