@@ -24,8 +24,11 @@ def get_config() -> ConfigDict:
                 "guidance": 3.0,
                 # safetensors with an array `text`; empty: the digits' own embedding of "".
                 "negative_path": "",
+                # Share of captions replaced by the negative one when a teacher is trained.
+                "caption_dropout": 0.1,
             },
-            "data": {"name": "digits", "dir": "data", "batch_size": 32, "accumulate": 1},
+            # in_memory decodes the whole data set once, at the start.
+            "data": {"name": "digits", "dir": "data", "batch_size": 32, "accumulate": 1, "in_memory": False},
             "optimizer": {
                 "student_lr": 2e-4,
                 "critic_lr": 2e-4,

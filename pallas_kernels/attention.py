@@ -1,40 +1,220 @@
-import functools, math
+"""Exact attention: checks, choice of back end, and differentiation rules.
+
+A back end is a module with three functions of arrays and a `scale`:
+
+    forward(q, k, v) -> (out, lse)
+    forward_with_tangent(q, k, v, tq, tk, tv) -> (out, lse, t_out, t_lse); a tangent of None is zero
+    backward(q, k, v, out, lse, dout, dlse) -> (dq, dk, dv)
+
+JAX cannot push a custom_vjp forward nor split a custom_jvp whose rule is one fused kernel, so there are two rules.
+mode="reverse" is a custom_vjp with a flash backward pass. mode="forward" is a custom_jvp whose rule is one fused
+kernel, itself a custom_vjp, so that `jax.grad` of the primal output of `jax.jvp` shares the kernel's one forward pass.
+"""
+
+import functools
+import math
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array
+
 from pallas_kernels import portable, reference
-def attention(q,k,v,*,scale=None,implementation="auto",mode="reverse",return_lse=False):
-    scale = 1/math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    op = {"reverse":_reverse,"forward":_forward}[mode]
-    out,lse=op(q,k,v,scale,{"auto":portable,"portable":portable,"reference":reference}[implementation])
-    return (out,lse) if return_lse else out
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,4))
-def _reverse(q,k,v,scale,back_end): return back_end.forward(q,k,v,scale=scale)
-def _named(out,lse): return checkpoint_name(out,"attention_out"), checkpoint_name(lse,"attention_lse")
-def _reverse_fwd(q,k,v,scale,back_end):
-    out,lse=_named(*back_end.forward(q,k,v,scale=scale))
-    return (out,lse),(q,k,v,out,lse)
-def _reverse_bwd(scale,back_end,res,cts):
-    return back_end.backward(*res,*cts,scale=scale)
-_reverse.defvjp(_reverse_fwd,_reverse_bwd)
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,4))
-def _forward(q,k,v,scale,back_end): return back_end.forward(q,k,v,scale=scale)
+from pallas_kernels.refusals import forward_only, reverse_only
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+ERROR_JVP = 'attention(mode="reverse") is for jax.grad and jax.vjp: for jax.jvp pass mode="forward"'
+ERROR_GRAD = 'attention(mode="forward") is for jax.jvp, inside jax.grad or not: for jax.grad alone pass mode="reverse"'
+ERROR_TANGENT = 'the tangent of attention(mode="forward") is a constant: differentiate the primal output of jax.jvp only'
+
+
+# Plain `Array`: a wrong shape or dtype must meet the errors below, not a type checker's.
+def attention(
+    q_BLNH: Array,
+    k_BSNH: Array,
+    v_BSNH: Array,
+    *,
+    scale: float | None = None,
+    implementation: str = "auto",
+    mode: str = "reverse",
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """softmax(scale q k^T) v over every head, without mask.
+
+    Memory grows with L + S, not L * S. Softmax and sums are float32 (float64 for float64); matmul operands keep the
+    dtype of the arguments, and float32 matmuls follow `jax.default_matmul_precision`.
+
+    The results carry checkpoint names, for `jax.checkpoint` policies that keep them instead of running attention
+    again: "attention_out", "attention_lse" and, in forward mode, "attention_tangent".
+
+    Args:
+      q_BLNH: queries (batch, length, heads, head dim); bfloat16, float16, float32 or float64.
+      k_BSNH: keys, of any length, otherwise like the queries.
+      v_BSNH: values, shaped like the keys.
+      scale: factor of the logits; 1 / sqrt(head dim) if None.
+      implementation: "portable" (plain JAX, any device), "reference" (quadratic memory, for tests), or "auto".
+      mode: how the result may be differentiated. "reverse": `jax.grad`, `jax.vjp`; no `jax.jvp`. "forward": `jax.jvp`,
+        and `jax.grad` of the primal output of `jax.jvp`; no other `jax.grad`. There the tangent is a constant: where
+        it is differentiated after all, gradients are NaN.
+      return_lse: also return the logarithm of each row's sum of exponentials.
+
+    Returns:
+      out_BLNH like the queries, or (out_BLNH, lse_BNL) with lse in float32 (float64 for float64).
+
+    Raises:
+      ValueError: shapes or dtypes disagree, or an unknown implementation or mode.
+      TypeError: a derivative that `mode` does not serve.
+    """
+    _check_operands(q_BLNH, k_BSNH, v_BSNH)
+    static = _scale(scale, q_BLNH), _back_end(implementation)
+    match mode:
+        case "reverse":
+            out, lse = _reverse(*static, *(reverse_only(x, ERROR_JVP) for x in (q_BLNH, k_BSNH, v_BSNH)))
+        case "forward":
+            out, lse = _forward(*static, q_BLNH, k_BSNH, v_BSNH)
+        case _:
+            raise ValueError(f'{mode=} must be "reverse" or "forward"')
+    return (out, lse) if return_lse else out
+
+
+def attention_given(
+    q_BLNH: Array,
+    k_BSNH: Array,
+    v_BSNH: Array,
+    out_BLNH: Array,
+    lse_BNL: Array,
+    *,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> Array:
+    """`out`, as it was given, with the gradient of attention.
+
+    For reverse passes written by hand that kept `attention(..., return_lse=True)`: the gradient with respect to
+    q, k and v is the flash backward pass from the given `out` and `lse`, and no forward pass runs. The gradient
+    with respect to `out` and `lse` is zero. Reverse mode only.
+
+    Args:
+      q_BLNH, k_BSNH, v_BSNH, scale, implementation: as `attention` got them.
+      out_BLNH, lse_BNL: what `attention` returned.
+
+    Raises:
+      ValueError: shapes or dtypes disagree, or an unknown implementation.
+    """
+    _check_operands(q_BLNH, k_BSNH, v_BSNH)
+    batch, length, heads, _ = q_BLNH.shape
+    _check_like("out", out_BLNH, q_BLNH.shape, q_BLNH.dtype)
+    _check_like("lse", lse_BNL, (batch, heads, length), jnp.promote_types(q_BLNH.dtype, jnp.float32))
+    static = _scale(scale, q_BLNH), _back_end(implementation)
+    operands = (reverse_only(x, "attention_given is for jax.grad and jax.vjp only") for x in (q_BLNH, k_BSNH, v_BSNH))
+    return _given(*static, *operands, out_BLNH, lse_BNL)
+
+
+def _check_operands(q: Array, k: Array, v: Array) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name}.shape={x.shape} must have 4 axes: batch, length, heads, head dim")
+        if 0 in x.shape:
+            raise ValueError(f"{name}.shape={x.shape} must have no empty axis: attention needs one token at least")
+    if q.dtype.name not in DTYPES:
+        raise ValueError(f"q.dtype={q.dtype.name} must be one of {', '.join(DTYPES)}: cast q, k and v")
+    batch, _, heads, head_dim = q.shape
+    _check_like("k", k, (batch, k.shape[1], heads, head_dim), q.dtype)
+    _check_like("v", v, k.shape, q.dtype)
+
+
+def _check_like(name: str, x: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name}.shape={x.shape} must be {shape}, to match the arguments before it")
+    if x.dtype != dtype:
+        raise ValueError(f"{name}.dtype={x.dtype.name} must be {dtype.name}, to match q: cast it")
+
+
+def _scale(scale: float | None, q: Array) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+
+
+def _back_end(implementation: str) -> ModuleType:
+    match implementation:
+        case "auto" | "portable":
+            return portable
+        case "reference":
+            return reference
+        case _:
+            raise ValueError(f'{implementation=} must be "auto", "portable" or "reference"')
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _reverse(scale, back_end, q, k, v):
+    return back_end.forward(q, k, v, scale=scale)
+
+
+def _reverse_fwd(scale, back_end, q, k, v):
+    out, lse = _named(*back_end.forward(q, k, v, scale=scale))
+    return (out, lse), (q, k, v, out, lse)
+
+
+def _reverse_bwd(scale, back_end, residuals, cotangents):
+    return back_end.backward(*residuals, *cotangents, scale=scale)
+
+
+_reverse.defvjp(_reverse_fwd, _reverse_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _given(scale, back_end, q, k, v, out, lse):
+    return out
+
+
+def _given_fwd(scale, back_end, q, k, v, out, lse):
+    return out, (q, k, v, out, lse)
+
+
+def _given_bwd(scale, back_end, residuals, dout):
+    *_, lse = residuals
+    return *back_end.backward(*residuals, dout, jnp.zeros_like(lse), scale=scale), None, None
+
+
+_given.defvjp(_given_fwd, _given_bwd)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _forward(scale, back_end, q, k, v):
+    return back_end.forward(q, k, v, scale=scale)
+
+
 @functools.partial(_forward.defjvp, symbolic_zeros=True)
-def _forward_jvp(scale,back_end,primals,tangents):
-    tangents=tuple(None if isinstance(t,SymbolicZero) else t for t in tangents)
-    out,lse,t_out,t_lse=_fused(primals,tangents,scale,back_end)
-    return (out,lse),(t_out,t_lse)
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,3))
-def _fused(p,t,scale,back_end): return back_end.forward_with_tangent(*p,*t,scale=scale)
-def _fused_fwd(p,t,scale,back_end):
-    out,lse,t_out,t_lse=_fused(p,t,scale,back_end)
-    out,lse=_named(out,lse)
-    return (out,lse,t_out,t_lse),(*p,out,lse)
-def _fused_bwd(scale,back_end,res,cts):
-    dout,dlse,dt_out,dt_lse=cts
-    dq,dk,dv=back_end.backward(*res,dout,dlse,scale=scale)
-    dq=jnp.where(dt_out!=0,jnp.nan,dq)
-    return (dq,dk,dv),None
-_fused.defvjp(_fused_fwd,_fused_bwd)
-def attention_given(q,k,v,out,lse): pass
+def _forward_jvp(scale, back_end, primals, tangents):
+    tangents = tuple(None if isinstance(t, SymbolicZero) else forward_only(t, primals, grad_error=ERROR_GRAD, tangent_error=ERROR_TANGENT) for t in tangents)
+    out, lse, t_out, t_lse = _fused(scale, back_end, primals, tangents)
+    return (out, lse), (t_out, t_lse)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused(scale, back_end, primals, tangents):
+    return back_end.forward_with_tangent(*primals, *tangents, scale=scale)
+
+
+def _fused_fwd(scale, back_end, primals, tangents):
+    out, lse, t_out, t_lse = back_end.forward_with_tangent(*primals, *tangents, scale=scale)
+    out, lse = _named(out, lse)
+    t_out, t_lse = checkpoint_name((t_out, t_lse), "attention_tangent")
+    return (out, lse, t_out, t_lse), (*primals, out, lse)
+
+
+def _fused_bwd(scale, back_end, residuals, cotangents):
+    dout, dlse, dt_out, dt_lse = cotangents
+    gradients = back_end.backward(*residuals, dout, dlse, scale=scale)
+    # Transposing a scan makes zeros of cotangents nobody sends, so a wrong use shows in their values alone.
+    tangent_used_BN = (dt_out != 0).any((1, 3)) | (dt_lse != 0).any(2)
+    nan_BN = jnp.where(tangent_used_BN, jnp.nan, 0)[:, None, :, None]
+    return tuple(x + nan_BN.astype(x.dtype) for x in gradients), None
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
+
+
+def _named(out: Array, lse: Array) -> tuple[Array, Array]:
+    return checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")

@@ -4,6 +4,7 @@ A checkpoint holds the train state, the position in the data and a JSON descript
 temporary directory in the background and renames it when complete, so a killed run finds its newest complete one.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,6 +58,7 @@ class Checkpoints:
 
         Raises:
             UserError: the directory holds a later checkpoint.
+            TypeError: a leaf is no JAX array, or the metadata is not JSON.
         """
         latest = self._manager.latest_step()
         if iteration == latest or (iteration % self.every and not force):
@@ -74,6 +76,7 @@ class Checkpoints:
             "has_data": iterator is not None,
             "metadata": dict(metadata or {}),
         }
+        json.dumps(description)  # a TypeError here rather than in the background, where Orbax takes minutes to give up
         items: dict[str, Any] = {
             "state": ocp.args.StandardSave({name: _storable(leaf) for name, leaf in leaves.items()}),
             "description": ocp.args.JsonSave(description),

@@ -43,7 +43,7 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
         UserError: a stage is not LOSSES:ITERATIONS, a loss is unknown, repeated or cannot be joined with the others, or
             the number of iterations is not a positive integer.
     """
-    return tuple(_parse_stage(stage.strip()) for stage in text.split(","))
+    return tuple(_parse_stage(stage) for stage in text.replace(" ", "").split(","))
 
 
 def _parse_stage(text: str) -> Stage:
@@ -175,7 +175,7 @@ def validate(config: ConfigDict) -> None:
             raise UserError(
                 f"{key}={flat[key]!r} must be {rule}: change it in the config file or with --config.{key}=VALUE"
             )
-    parse_stages(flat.get("stages", ""))
+    parse_stages(flat["stages"])
     batch_size, accumulate = flat["data.batch_size"], flat["data.accumulate"]
     if batch_size % accumulate:
         near = max(batch_size // accumulate, 1) * accumulate
@@ -195,10 +195,12 @@ _COUNT: Rule = (lambda value: type(value) is int and value >= 0, "an integer of 
 _POSITIVE: Rule = (lambda value: 0 < value < math.inf, "a positive number")
 _WEIGHT: Rule = (lambda value: 0 <= value < math.inf, "a number of at least 0")
 _DECAY_RATE: Rule = (lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+_FALLING_TIMES: Rule = (_falling, "TrigFlow times that fall, each between 0 and pi/2")
 _MESH_SIZE: Rule = (lambda value: value == -1 or value >= 1, "a positive integer, or -1 for the devices that are left")
 
 _RULES: dict[str, Rule] = {
     "seed": _COUNT,
+    "stages": (lambda value: isinstance(value, str), "stages such as 'scm:400,scm+dmd:1000'"),
     "model.dtype": (lambda value: value in ("float32", "bfloat16"), "float32 or bfloat16"),
     "teacher.guidance": (lambda value: 1 <= value < math.inf, "a number of at least 1 (no guidance)"),
     "data.batch_size": _POSITIVE_INTEGER,
@@ -209,11 +211,14 @@ _RULES: dict[str, Rule] = {
     "optimizer.b1": _DECAY_RATE,
     "optimizer.b2": _DECAY_RATE,
     "optimizer.warmup": _COUNT,
+    "optimizer.decay_from": _COUNT,
+    "optimizer.decay_to": _COUNT,
     "loss.scm_weight": (lambda value: value is None or 0 <= value < math.inf, "a number of at least 0, or none"),
     "loss.dmd_weight": _WEIGHT,
     "loss.tangent_warmup": _COUNT,
     "loss.student_update_freq": _POSITIVE_INTEGER,
     "loss.simulation_steps": _POSITIVE_INTEGER,
+    "loss.simulation_times": _FALLING_TIMES,
     "loss.p_G_std": _POSITIVE,
     "loss.p_D_shift": _POSITIVE,
     "loss.dcm_steps": (lambda value: type(value) is int and value >= 2, "an integer of at least 2"),
@@ -225,9 +230,11 @@ _RULES: dict[str, Rule] = {
     "checkpoint.keep": _POSITIVE_INTEGER,
     "log.every": _POSITIVE_INTEGER,
     "log.sample_every": _COUNT,
+    "log.samples": _POSITIVE_INTEGER,
     "sampling.sigma_max": _POSITIVE,
-    "sampling.mid_times": (_falling, "TrigFlow times that fall, each between 0 and pi/2"),
+    "sampling.mid_times": _FALLING_TIMES,
     "sampling.teacher_steps": _POSITIVE_INTEGER,
+    "sampling.teacher_shift": _POSITIVE,
 }
 
 

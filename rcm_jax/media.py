@@ -54,7 +54,7 @@ def write_file(path: str | Path, data: bytes) -> None:
 
 
 def encode_mp4(
-    video_THWC: ArrayLike, *, fps: float, scale: int = 1, metadata: Mapping[str, object] | None = None
+    video_THWC: ArrayLike, *, fps: float | int, scale: int = 1, metadata: Mapping[str, object] | None = None
 ) -> bytes:
     """H.264 (yuv420p, BT.709) in an MP4 container: what every browser plays.
 
@@ -72,6 +72,7 @@ def encode_mp4(
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         container.metadata["comment"] = json_text(metadata or {})
+        # No reordered frames (bf): the first one is there at once when a short video starts again.
         stream = container.add_stream("libx264", rate=rate, options={"crf": "14", "bf": "0"})
         stream.height, stream.width = video_THWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -88,7 +89,7 @@ def encode_mp4(
     return file.getvalue()
 
 
-def encode_gif(video_THWC: ArrayLike, *, fps: float, scale: int = 1) -> bytes:
+def encode_gif(video_THWC: ArrayLike, *, fps: float | int, scale: int = 1) -> bytes:
     """Endless GIF of a uint8 video (T, H, W, C), C = 1 or 3. GIF counts time in 1/100 s: fps is met to that."""
     video_THWC = _upscale(_checked_video(video_THWC, "video_THWC"), scale)
     first, *rest = [_picture(frame_HWC) for frame_HWC in video_THWC]
@@ -102,7 +103,7 @@ def write_video(
     path: str | Path,
     video_THWC: ArrayLike,
     *,
-    fps: float,
+    fps: float | int,
     scale: int = 1,
     metadata: Mapping[str, object] | None = None,
 ) -> None:
@@ -236,12 +237,12 @@ def _film_strip(video_THWC: UInt8[np.ndarray, "t h w c"], frames: int, frame_siz
     return strip
 
 
-def _wrap(text: str, face: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, lines: int) -> list[str]:
+def _wrap(text: str, face: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> list[str]:
     """Breaks `text` into at most `lines` lines of at most `width` pixels; what does not fit ends in an ellipsis."""
-    letters = len(text)
-    while letters > 1 and any(face.getlength(line) > width for line in textwrap.wrap(text, letters)):
+    letters = max(5, int(width / face.getlength("i")))
+    while letters > 5 and any(face.getlength(line) > width for line in textwrap.wrap(text, letters)):
         letters -= 1
-    return textwrap.wrap(text, max(letters, 5), max_lines=lines, placeholder=" …") or [""]
+    return textwrap.wrap(text, letters, max_lines=lines, placeholder=" …") or [""]
 
 
 def _checked_video(video_THWC: ArrayLike, name: str) -> UInt8[np.ndarray, "t h w c"]:
@@ -253,7 +254,7 @@ def _checked_video(video_THWC: ArrayLike, name: str) -> UInt8[np.ndarray, "t h w
     return video_THWC
 
 
-def _frame_rate(fps: float) -> Fraction:
+def _frame_rate(fps: float | int) -> Fraction:
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"{fps=} must be a positive number of frames a second")
     return Fraction(fps).limit_denominator(1001)  # 1001: the denominator of television's 30000/1001

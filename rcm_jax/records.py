@@ -98,7 +98,9 @@ class RunRecords:
             self._wandb.log({**speed, **numbers}, step=int(iteration))
         self._print_line(iteration, numbers, speed)
 
-    def write_video(self, iteration: int, name: str, video_THWC: ArrayLike, *, fps: float, scale: int = 1) -> None:
+    def write_video(
+        self, iteration: int, name: str, video_THWC: ArrayLike, *, fps: float | int, scale: int = 1
+    ) -> None:
         """Shows a uint8 video (T, H, W, C), C = 1 or 3, under TensorBoard's Images as a looping GIF (and in wandb)."""
         if not self.enabled:
             return
@@ -185,12 +187,12 @@ def format_line(
     parts += [f"{label} {value:<9.4g}" for label, value in shown.items()]
     if speed:
         seconds = speed["seconds_per_step"]
-        parts += [f"{seconds:#.3g} s/step", f"{speed['tokens_per_second']:,.0f} tok/s"]
+        parts += [f"{seconds:#.3g}".rstrip(".") + " s/step", f"{speed['tokens_per_second']:,.0f} tok/s"]
         parts += [f"{format_duration(seconds * max(0, total - iteration))} left"]
     return "  ".join(parts).rstrip()
 
 
-def format_duration(seconds: float) -> str:
+def format_duration(seconds: float | int) -> str:
     """45s, 6m12s, 2h05m, 3d04h."""
     seconds = round(seconds)
     for unit, smaller, size in (("d", "h", 86400), ("h", "m", 3600), ("m", "s", 60)):
@@ -256,7 +258,9 @@ def _number(name: str, value: Any) -> float:
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(json.JSONDecodeError):
-            yield json.loads(line)
+            record = json.loads(line)
+            if isinstance(record, dict) and "iteration" in record:
+                yield record
 
 
 def _open_log(path: Path, first_dropped: int) -> TextIO:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 import av
 import numpy as np
@@ -19,8 +19,8 @@ from numpy.typing import ArrayLike
 
 from rcm_jax import media
 
-Scores = Mapping[str, Mapping[str, float]]
-Bound = tuple[str, float]  # (">=" or "<=", number)
+Scores = Mapping[str, Mapping[str, SupportsFloat]]
+Bound = tuple[str, float | int]  # (">=" or "<=", number)
 
 
 class Score(NamedTuple):
@@ -35,11 +35,11 @@ SCORES = {
     "caption_accuracy": Score("Caption accuracy", "higher", ".1%"),
     "digit_accuracy": Score("Digit accuracy", "higher", ".1%"),
     "direction_accuracy": Score("Direction accuracy", "higher", ".1%"),
-    "frechet": Score("Fréchet distance", "lower", ".3g"),
+    "frechet": Score("Fréchet distance", "lower", ".3f"),
     "precision": Score("Precision", "higher", ".3f"),
     "recall": Score("Recall", "higher", ".3f"),
     "coverage": Score("Coverage", "higher", ".3f"),
-    "diversity": Score("Diversity (real data = 1)", "", ".3f"),
+    "diversity": Score("Diversity (real = 1)", "", ".3f"),
     "n": Score("Videos scored", "", ",.0f"),
 }
 ARROWS = {"higher": "↑", "lower": "↓", "": ""}
@@ -151,22 +151,22 @@ def _label(name: str) -> str:
     return escape(score.label) + hint
 
 
-def _value(name: str, value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else format(value, _score(name).format)
+def _value(name: str, value: SupportsFloat | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else format(float(value), _score(name).format)
 
 
-def _best(name: str, values: Sequence[float | None]) -> str | None:
+def _best(name: str, values: Sequence[SupportsFloat | None]) -> str | None:
     """The best value as shown (ties on paper are ties), None where no direction is better or nothing is compared."""
-    finite = [value for value in values if value is not None and math.isfinite(value)]
+    finite = [float(value) for value in values if value is not None and math.isfinite(value)]
     better = {"higher": max, "lower": min}.get(_score(name).better)
     return _value(name, better(finite)) if better and len(finite) > 1 else None
 
 
-def _met(value: float, bound: Bound) -> bool:
-    return value >= bound[1] if bound[0] == ">=" else value <= bound[1]
+def _met(value: SupportsFloat, bound: Bound) -> bool:
+    return float(value) >= bound[1] if bound[0] == ">=" else float(value) <= bound[1]
 
 
-def _target(name: str, values: Mapping[str, float], bounds: Mapping[str, Bound]) -> str:
+def _target(name: str, values: Mapping[str, SupportsFloat], bounds: Mapping[str, Bound]) -> str:
     if name not in bounds:
         return ""
     sign = {">=": "≥", "<=": "≤"}[bounds[name][0]]
@@ -186,7 +186,7 @@ def _verdict(scores: Scores, targets: Mapping[str, Mapping[str, Bound]]) -> str:
 
 def _video_table(videos: Mapping[str, Sequence[tuple[str, bytes | str | Path]]]) -> str:
     prompts = [prompt for prompt, _ in next(iter(videos.values()))]
-    head = "".join(f'<th scope="col"><div>{escape(prompt)}</div></th>' for prompt in prompts)
+    head = "".join(f'<th scope="col"><div title="{escape(prompt)}">{escape(prompt)}</div></th>' for prompt in prompts)
     rows, widest = [], 0
     for label, row in videos.items():
         if [prompt for prompt, _ in row] != prompts:
@@ -201,7 +201,8 @@ def _video_table(videos: Mapping[str, Sequence[tuple[str, bytes | str | Path]]])
                 f' aria-label="{escape(f"{label}: {prompt}")}" autoplay loop muted playsinline></video></td>'
             )
         rows.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
-    style = f"--columns:{len(prompts)};--widest:{min(widest, 416)}px"
+    rendering = "pixelated" if widest <= 256 else "auto"  # small videos are enlarged: their pixels stay square
+    style = f"--columns:{len(prompts)};--widest:{min(widest, 416)}px;--rendering:{rendering}"
     return (
         f'<div class="scroll"><table class="videos" style="{style}"><thead><tr><td></td>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
@@ -282,7 +283,7 @@ def draw_curve(name: str, iterations: ArrayLike, values: ArrayLike) -> str:
         f'<text x="{across(at):.1f}" y="{BOTTOM + 16}" text-anchor="middle">{label}</text>'
         for at, label in _linear_ticks(first, last, 4)
     ]
-    latest = _number(10 ** smooth[-1] if logarithmic else smooth[-1])
+    latest = format_number(10 ** smooth[-1] if logarithmic else smooth[-1])
     return (
         f'<figure><figcaption>{caption}<span class="muted">{latest}</span></figcaption>'
         f'<svg viewBox="0 0 360 200" role="img" aria-label="{escape(name)} by iteration, {latest} at the end">'
@@ -315,7 +316,8 @@ def _linear_ticks(low: float, high: float, count: int) -> list[tuple[float, str]
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * rough)
     ticks = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
-    return [(float(tick), _number(tick)) for tick in ticks]
+    digits = 1 + math.floor(math.log10(max(-low, high))) - round(math.log10(power))
+    return [(float(tick), format_number(tick, max(3, digits))) for tick in ticks]
 
 
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
@@ -323,18 +325,18 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     decades = np.arange(math.floor(low), math.ceil(high) + 1)
     inside = decades[(decades >= low) & (decades <= high)]
     if len(inside) >= 3:
-        return [(float(power), _number(10.0**power)) for power in inside[:: math.ceil(len(inside) / 5)]]
+        return [(float(power), format_number(10.0**power)) for power in inside[:: math.ceil(len(inside) / 5)]]
     ticks = [math.log10(factor * 10.0**power) for power in decades for factor in (1, 2, 5)]
-    return [(tick, _number(10**tick)) for tick in ticks if low <= tick <= high]
+    return [(tick, format_number(10**tick)) for tick in ticks if low <= tick <= high]
 
 
-def _number(value: float) -> str:
-    """1,500, 0.25, 2e-5: three significant digits, no needless zeros."""
+def format_number(value: float | int, digits: int = 3) -> str:
+    """1,500, 0.25, 2e-5: so many significant digits, no needless zeros."""
     size = abs(value)
     if size and (size < 1e-3 or size >= 1e6):
-        digits, power = f"{value:.2e}".split("e")
-        return f"{float(digits):g}e{int(power)}"
-    return f"{float(f'{value:.3g}'):,.10g}"
+        number, power = f"{value:.{digits - 1}e}".split("e")
+        return f"{float(number):.{digits}g}e{int(power)}"
+    return f"{float(f'{value:.{digits}g}'):,.10g}"
 
 
 PLAY_BUTTON = '<button id="play" type="button" hidden>Pause</button>'
@@ -396,7 +398,7 @@ code { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; 
 /* A shade at the right edge for as long as there is more to scroll to. */
 .scroll {
   overflow-x: auto;
-  background: linear-gradient(to left, var(--paper) 40%, transparent) right / 36px 100% no-repeat local,
+  background: linear-gradient(to left, var(--paper) 40%, transparent) right / 36px calc(100% + 1px) no-repeat local,
     linear-gradient(to left, var(--rule), transparent) right / 14px 100% no-repeat scroll;
 }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -414,7 +416,8 @@ tbody tr + tr { border-top: 1px solid var(--rule); }
 .videos th div, .videos video {
   width: clamp(96px, calc((min(100vw, 1120px) - 220px) / var(--columns) - 8px), var(--widest)); overflow-wrap: anywhere;
 }
-.videos video { display: block; height: auto; background: #000; border-radius: 4px; image-rendering: pixelated; }
+.videos th div { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 5; overflow: hidden; }
+.videos video { display: block; height: auto; border-radius: 4px; image-rendering: var(--rendering); }
 @media (max-width: 640px) {
   main { padding: 24px 16px 48px; }
   th, td { padding: 7px; font-size: 14px; }

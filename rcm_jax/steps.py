@@ -28,6 +28,7 @@ class Recipe:
     """The numbers of a distillation step; the names are those of the rCM paper, section 4.
 
     `simulation_times` fixes the TrigFlow times of the backward simulation (DMD2 style) when not empty.
+    `caption_dropout` is the share of captions that flow matching replaces by the negative one, for guidance.
     """
 
     guidance: float = 5.0
@@ -40,6 +41,7 @@ class Recipe:
     p_D_shift: float = 5.0
     dcm_steps: int = 48
     dcm_shift: float = 5.0
+    caption_dropout: float = 0.1
     ema_gamma: float = 6.94
     accumulate: int = 1
 
@@ -56,7 +58,7 @@ def student_step(
     recipe: Recipe,
     negative_text: jax.Array | None,
 ) -> tuple[TrainState, Metrics]:
-    """One update of the student and its EMA. `negative_text` (S, D) is the teacher's unconditional caption."""
+    """One update of the student and its EMA. `negative_text` (S, D) embeds the unconditional caption."""
     batch = _contain(batch)
     draws = _draw_student(key, batch["latent"], loss_names, recipe)
     simulation_steps = state.student_updates % recipe.simulation_steps + 1
@@ -68,7 +70,9 @@ def student_step(
         teacher = state.teacher and guided(apply, state.teacher, text, negative_text, recipe.guidance)
         parts = {}
         if "flow_matching" in loss_names:
-            parts["flow_matching"] = losses.flow_matching(student, batch["latent"], draws["noise"], draws["t"])
+            dropped = jnp.where((draws["u"] < recipe.caption_dropout)[:, None, None], negative_text[None], text)
+            net = conditioned(apply, params, dropped)
+            parts["flow_matching"] = losses.flow_matching(net, batch["latent"], draws["noise"], draws["t"])
         if "scm" in loss_names:
             student_jvp = conditioned(apply, params, text, mode="forward")
             parts["scm"], _ = losses.scm(

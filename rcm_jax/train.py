@@ -39,6 +39,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
 
     source = pipeline.open_source(config.data.name, config.data.dir, "train")
+    if config.data.in_memory:
+        source = pipeline.InMemory(source)
     latent_shape, text_shape = source[0]["latent"].shape, source[0]["text"].shape
     batches = pipeline.make_loader(
         source,
@@ -182,6 +184,7 @@ def make_recipe(config: ConfigDict, latent_shape: tuple[int, ...]) -> Recipe:
         p_D_shift=c.p_D_shift,
         dcm_steps=c.dcm_steps,
         dcm_shift=c.dcm_shift,
+        caption_dropout=config.teacher.caption_dropout,
         ema_gamma=ema_exponent(config.ema.sigma_rel),
         accumulate=config.data.accumulate,
     )

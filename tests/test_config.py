@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from rcm_jax.config import Command, Stage, UserError, load, parse_stages, validate
 
@@ -19,13 +19,15 @@ def get_config():
         "model": {"preset": "digits", "dtype": "float32", "remat": False},
         "teacher": {"path": config_dict.placeholder(str), "guidance": 5.0},
         "data": {"name": "digits", "dir": "data", "batch_size": 64, "accumulate": 2},
-        "optimizer": {"student_lr": 1e-4, "critic_lr": 1e-5, "weight_decay": 0.01, "b1": 0.0, "b2": 0.999, "warmup": 100},
+        "optimizer": {"student_lr": 1e-4, "critic_lr": 1e-5, "weight_decay": 0.01, "b1": 0.0, "b2": 0.999, "warmup": 9,
+                      "decay_from": 0, "decay_to": 0},
         "loss": {"scm_weight": config_dict.placeholder(float), "dmd_weight": 1.0, "tangent_warmup": 0,
                  "student_update_freq": 5, "simulation_steps": 4, "simulation_times": (), "p_G_mean": 0.7,
                  "p_G_std": 1.6, "p_D_shift": 5.0, "dcm_steps": 48, "dcm_shift": 5.0},
         "ema": {"sigma_rel": 0.1}, "mesh": {"data": -1, "fsdp": 1}, "checkpoint": {"every": 100, "keep": 2},
-        "log": {"every": 10, "sample_every": 0, "wandb": config_dict.placeholder(str)},
-        "sampling": {"sigma_max": 80.0, "mid_times": (1.5, 1.4, 1.0), "teacher_steps": 50},
+        "log": {"every": 10, "sample_every": 0, "samples": 8, "wandb": config_dict.placeholder(str)},
+        "sampling": {"sigma_max": 80.0, "mid_times": (1.5, 1.4, 1.0), "teacher_steps": 50,
+                     "teacher_shift": 3.0},
     })
 """
 
@@ -53,7 +55,7 @@ def stages(*pairs: tuple[str, int]) -> tuple[Stage, ...]:
         ("flow_matching:2000", stages(("flow_matching", 2000))),
         ("dcm:200,scm:400,scm+dmd:1000", stages(("dcm", 200), ("scm", 400), ("scm+dmd", 1000))),
         ("rcm:7", stages(("scm+dmd", 7))),
-        ("dmd+dcm:1, dmd:2", stages(("dcm+dmd", 1), ("dmd", 2))),
+        ("dmd + dcm:1, dmd:2", stages(("dcm+dmd", 1), ("dmd", 2))),
     ],
 )
 def test_stages_name_losses_and_iterations(text: str, expected: tuple[Stage, ...]):
@@ -79,7 +81,6 @@ def test_any_list_of_valid_stages_is_read_back(pairs: list[tuple[str, int]]):
         ("scm:²", "positive number of iterations"),
         ("scm:1,", "LOSSES:ITERATIONS"),
         ("dmdd:10", "did you mean dmd?"),
-        ("scm + dmd:10", "did you mean scm?"),
         ("scm+scm:10", "once"),
         ("rcm+dmd:10", "once"),
         ("scm+dcm:10", "must not join scm and dcm"),
@@ -124,7 +125,7 @@ def test_the_last_override_wins(recipe: Path):
 
 
 def test_a_loaded_config_takes_no_new_key(recipe: Path):
-    with pytest.raises(KeyError, match="locked"):
+    with pytest.raises(AttributeError, match="locked"):
         load(recipe).data.batch_sise = 3
 
 
@@ -217,6 +218,11 @@ def test_a_value_that_is_plainly_none_has_no_type_to_override(recipe: Path):
         ("loss.tangent_warmup", [-1]),
         ("loss.student_update_freq", [0]),
         ("loss.simulation_steps", [0]),
+        ("optimizer.decay_from", [-1]),
+        ("optimizer.decay_to", [-1]),
+        ("loss.simulation_times", [(1.0, 1.0)]),
+        ("log.samples", [0]),
+        ("sampling.teacher_shift", [0.0]),
         ("loss.p_G_std", [0.0]),
         ("loss.p_D_shift", [0.0]),
         ("loss.dcm_steps", [1]),
@@ -308,4 +314,4 @@ class TestCommand:
 
     def test_other_errors_keep_their_traceback(self, command: Command):
         with pytest.raises(ZeroDivisionError), command.reports_user_errors():
-            1 / 0
+            raise ZeroDivisionError

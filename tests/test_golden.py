@@ -17,6 +17,9 @@ from rcm_jax.models.wan import Wan, WanConfig
 from rcm_jax.steps import conditioned, guided
 
 TOLERANCE = 2e-5
+# The official code feeds its nets a float64 time; 1000 s rounded to float32 is off by up to 3e-5, and the highest
+# frequency of the time embedding turns that into a relative error of the same size in a time derivative.
+TANGENT_TOLERANCE = 1e-4
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +56,7 @@ def assert_close(ours, theirs, tolerance=TOLERANCE):
     assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
 
 
-def assert_gradients_match(gradient, golden_tensors, config):
+def assert_gradients_match(gradient, golden_tensors, config, tolerance=TOLERANCE):
     """Every parameter's gradient, by its official name, relative to its own norm, and all together.
 
     A key's gradient is a difference of larger terms (the softmax is blind to a common shift), so single parameters
@@ -64,9 +67,9 @@ def assert_gradients_match(gradient, golden_tensors, config):
     assert ours.keys() == theirs.keys()
     whole = np.sqrt(sum(np.linalg.norm(value) ** 2 for value in theirs.values()))
     errors = {name: np.linalg.norm(ours[name] - value) for name, value in theirs.items()}
-    assert np.sqrt(sum(error**2 for error in errors.values())) <= TOLERANCE * whole
+    assert np.sqrt(sum(error**2 for error in errors.values())) <= tolerance * whole
     for name, value in theirs.items():
-        assert errors[name] <= 10 * TOLERANCE * max(np.linalg.norm(value), 1e-3 * whole), name
+        assert errors[name] <= 10 * tolerance * max(np.linalg.norm(value), 1e-3 * whole), name
 
 
 def test_wan21_t2v_value_and_tangent(golden):
@@ -127,9 +130,9 @@ def test_scm_loss_and_every_gradient(golden):
     cos, sin = np.cos(t)[:, None, None, None, None], np.sin(t)[:, None, None, None, None]
     x_t = cos * video(tensors["x0"]) + sin * video(tensors["noise"])
     df_dt = -cos * (terms.student - terms.teacher) - (sin * x_t + terms.student_tangent)
-    assert_close(df_dt, video(tensors["df_dt"]))
+    assert_close(df_dt, video(tensors["df_dt"]), TANGENT_TOLERANCE)
     assert_close(value, tensors["loss"])
-    assert_gradients_match(gradient, tensors, config)
+    assert_gradients_match(gradient, tensors, config, TANGENT_TOLERANCE)
 
 
 def test_dcm_loss_and_every_gradient(golden):

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
@@ -20,6 +21,7 @@ import tqdm
 from jaxtyping import Float, Int, UInt8
 from sklearn import datasets
 
+from rcm_jax.config import UserError
 from rcm_jax.data import text
 
 FRAMES = 8
@@ -64,10 +66,10 @@ def parse_caption(prompt: str) -> tuple[int, str]:
     """Returns the (digit, direction) that a caption names.
 
     Raises:
-        ValueError: the prompt is none of `captions()`.
+        UserError: the prompt is none of `captions()`.
     """
     if prompt not in captions():
-        raise ValueError(
+        raise UserError(
             f"{prompt!r} is not a caption of the digits data: write one such as {caption(3, 'up and left')!r}"
         )
     digit, direction = divmod(captions().index(prompt), len(DIRECTIONS))
@@ -133,7 +135,7 @@ def video_to_latent(video: UInt8[np.ndarray, "*b t h w 1"]) -> Float[np.ndarray,
     return (video.astype(np.float32) / 255 - LATENT_MEAN) / LATENT_STD
 
 
-def latent_to_video(latent: Float[np.ndarray, "*b t h w 1"]) -> UInt8[np.ndarray, "*b t h w 1"]:
+def latent_to_video(latent: Float[np.ndarray | jax.Array, "*b t h w 1"]) -> UInt8[np.ndarray, "*b t h w 1"]:
     """Scales latents to pixels, rounded and clipped to 0 to 255."""
     pixel = np.asarray(latent, np.float32) * LATENT_STD + LATENT_MEAN
     return np.clip(np.round(pixel * 255), 0, 255).astype(np.uint8)
@@ -149,16 +151,15 @@ class Films(NamedTuple):
 def film(images: Images, *, views: int, seed: int, chunk: int = 1024) -> Iterator[Films]:
     """Films every digit `views` times in every direction, in an order that mixes digits and directions."""
     random = np.random.RandomState(seed)
-    step = np.array(tuple(DIRECTIONS.values()))
-    count = len(images.image_NHW)
-    for first in range(0, views * len(DIRECTIONS) * count, chunk):
-        index = np.arange(first, min(first + chunk, views * len(DIRECTIONS) * count))
-        digit, direction = index % count, (index + index // count) % len(DIRECTIONS)
-        step_B2 = step[direction]
-        names = tuple(DIRECTIONS)
+    names, steps = tuple(DIRECTIONS), np.array(tuple(DIRECTIONS.values()))
+    count = len(images.digit_N)
+    total = views * len(DIRECTIONS) * count
+    for first in range(0, total, chunk):
+        index = np.arange(first, min(first + chunk, total))
+        which, direction = index % count, (index + index // count) % len(DIRECTIONS)
         yield Films(
-            render(images.image_NHW[digit], step_B2, draw_starts(random, step_B2)),
-            [caption(d, names[k]) for d, k in zip(images.digit_N[digit], direction, strict=True)],
+            render(images.image_NHW[which], steps[direction], draw_starts(random, steps[direction])),
+            [caption(digit, names[k]) for digit, k in zip(images.digit_N[which].tolist(), direction, strict=True)],
         )
 
 

@@ -7,25 +7,20 @@ files. Digits and Wan runs read the same record: only the shapes differ.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import Int
 
+from rcm_jax.config import UserError
 from rcm_jax.data import digits
 
+Source = Sequence[Mapping[str, Any]]  # random access to records
 Batch = dict[str, np.ndarray]
 
 RANKS = {"latent": 4, "text": 2, "prompt": 0}
-
-
-class Source(Protocol):
-    """Random access to records."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
 def open_source(name: str | os.PathLike, data_dir: str | os.PathLike, split: str) -> Source:
@@ -35,29 +30,29 @@ def open_source(name: str | os.PathLike, data_dir: str | os.PathLike, split: str
     `split` may be a slice such as "train[:1000]".
 
     Raises:
-        ValueError: no such folder or split, or its features are not those of a record.
+        UserError: no such folder or split, or its features are not those of a record.
     """
     if name == "digits":
         builder = digits.build(data_dir)
     else:
         folder = Path(data_dir) / name
         if not (folder / "dataset_info.json").exists():
-            raise ValueError(
+            raise UserError(
                 f"{os.fspath(folder)!r} holds no dataset_info.json: set data.name to 'digits' or a TFDS folder"
             )
         builder = tfds.builder_from_directory(folder)
     if split.partition("[")[0] not in builder.info.splits:
-        raise ValueError(f"{split=} is not in {os.fspath(name)!r}: choose from {sorted(builder.info.splits)}")
+        raise UserError(f"{split=} is not in {os.fspath(name)!r}: choose from {sorted(builder.info.splits)}")
     features: Any = builder.info.features
     for key, rank in RANKS.items():
         if key not in features:
-            raise ValueError(
+            raise UserError(
                 f"the records of {os.fspath(name)!r} lack {key!r}, they have {sorted(features)}: "
                 f"write them with {sorted(RANKS)}"
             )
         shape = features[key].shape
         if len(shape) != rank:
-            raise ValueError(
+            raise UserError(
                 f"{key!r} in the records of {os.fspath(name)!r} has shape {shape}: it must have {rank} axes"
             )
     return builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
@@ -82,17 +77,17 @@ def make_loader(
         "latent" (b, T, H, W, C) float32, "text" (b, S, D) float32, "prompt" (b,) str; b = batch_size / process_count.
 
     Raises:
-        ValueError: sizes that do not fit; while iterating, a record that is not like the first one.
+        UserError: sizes that do not fit; while iterating, a record unlike the first of its batch.
     """
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
+        raise UserError(
             f"{batch_size=} must be a positive multiple of the {process_count} processes: set data.batch_size to "
             f"{max(1, round(batch_size / process_count)) * process_count}"
         )
     if not 0 <= process_index < process_count:
         raise ValueError(f"{process_index=} must be at least 0 and less than {process_count=}")
     if len(source) == 0:
-        raise ValueError("the source has no records: build it, or choose another split")
+        raise UserError("the source has no records: build it, or choose another split")
     rows = batch_size // process_count
     first = process_index * rows
     indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size)
@@ -107,21 +102,21 @@ def read_in_order(source: Source, *, batch_size: int) -> Iterator[Batch]:
         yield read(source, range(first, min(first + batch_size, len(source))))
 
 
-def read(source: Source, indices: Sequence[int]) -> Batch:
+def read(source: Source, indices: Sequence[int] | Int[np.ndarray, "b"]) -> Batch:
     """Reads and stacks records.
 
     Raises:
-        ValueError: a record lacks a key, or its shape differs from the first one's.
+        UserError: a record lacks a key, or its shape differs from the first one's.
     """
     records = [source[int(index)] for index in indices]
     for index, record in zip(indices, records, strict=True):
         for key in RANKS:
             if key not in record:
-                raise ValueError(
+                raise UserError(
                     f"record {index} lacks {key!r}, it has {sorted(record)}: write records with {sorted(RANKS)}"
                 )
             if np.shape(record[key]) != np.shape(records[0][key]):
-                raise ValueError(
+                raise UserError(
                     f"{key!r} of record {index} has shape {np.shape(record[key])}, of record {indices[0]} "
                     f"{np.shape(records[0][key])}: one data set holds one shape"
                 )
@@ -130,6 +125,22 @@ def read(source: Source, indices: Sequence[int]) -> Batch:
         "text": np.stack([record["text"] for record in records]).astype(np.float32),
         "prompt": np.array([_as_str(record["prompt"]) for record in records]),
     }
+
+
+class InMemory(Sequence):
+    """All records of a source, decoded once: for data sets that fit in memory, whose decoding would hold up the steps."""
+
+    def __init__(self, source: Source):
+        """Reads every record. Raises UserError for one that is not like the first."""
+        self.arrays = read(source, range(len(source)))
+
+    def __len__(self) -> int:
+        return len(self.arrays["prompt"])
+
+    def __getitem__(self, index: Any) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return {key: array[index] for key, array in self.arrays.items()}
 
 
 def _as_str(prompt: str | bytes) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from rcm_jax.config import UserError
+
 LENGTH = 8
 DIM = 32
 
@@ -17,14 +19,14 @@ def encode(prompts: Sequence[str], *, length: int = LENGTH, dim: int = DIM) -> F
     Words are split at white space and lower-cased.
 
     Raises:
-        ValueError: a prompt has more than `length` words.
+        UserError: a prompt has more than `length` words.
     """
     text_BSD = np.zeros((len(prompts), length, dim), np.float32)
     vectors = {}
     for row, prompt in enumerate(prompts):
         words = prompt.lower().split()
         if len(words) > length:
-            raise ValueError(f"{prompt!r} has {len(words)} words, at most {length} fit: shorten it or raise length")
+            raise UserError(f"{prompt!r} has {len(words)} words, at most {length} fit: shorten it or raise length")
         for position, word in enumerate(words):
             if word not in vectors:
                 vectors[word] = _word_vector(word, dim)

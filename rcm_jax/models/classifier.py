@@ -1,16 +1,17 @@
-"""The judge of moving-digit videos: which digit, which direction, and features that distances between videos use."""
+"""The judge of moving-digit videos: which digit, which direction, and features in which distances are measured."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import einops
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 from jaxtyping import Array, Float
 
+from rcm_jax.checkpoint import load_safetensors
+from rcm_jax.config import UserError
 from rcm_jax.data import digits
 
 FEATURES = 64
@@ -21,29 +22,23 @@ class Judgement(NamedTuple):
     """What the classifier says of a batch of videos."""
 
     feature_BF: Float[Array, "b f"]
-    digit_logit_BK: Float[Array, "b 10"]
-    direction_logit_BK: Float[Array, "b 8"]
-    start_B2: Float[Array, "b 2"]
-    image_BHW: Float[Array, "b 8 8"]
+    digit_BK: Float[Array, "b 10"]  # logits
+    direction_BK: Float[Array, "b 8"]  # logits, in the order of digits.DIRECTIONS
+    start_B2: Float[Array, "b 2"]  # first top left corner (y, x), 0 to 1 over the places it can take
+    image_BHW: Float[Array, "b 8 8"]  # the digit as scikit-learn has it, 0 to 1
 
 
 class Classifier(nnx.Module):
-    """Convolutions over single frames, then over all frames stacked; 160 thousand weights.
+    """Convolutions over single frames, then over all frames stacked; 175 thousand weights.
 
-    Heads are linear in the features. Beside digit and direction they give the digit's first position and its 8x8
-    image, for training only: so features also tell handwritings and places apart, and distances see their variety.
+    Every answer is linear in the features. The start and the image are there for training only: they make features
+    tell places and handwritings apart, so that distances between features see variety within one caption.
     """
 
     def __init__(self, *, rngs: nnx.Rngs):
-        self.frame_convs = nnx.List(
-            [
-                nnx.Conv(1, 16, (3, 3), rngs=rngs),
-                nnx.Conv(16, 32, (3, 3), strides=2, rngs=rngs),
-                nnx.Conv(32, 64, (3, 3), strides=2, rngs=rngs),
-            ]
-        )
+        self.frame_convs = nnx.List([nnx.Conv(4, 24, (3, 3), rngs=rngs), nnx.Conv(4 * 24, 48, (3, 3), rngs=rngs)])
         self.video_convs = nnx.List(
-            [nnx.Conv(digits.FRAMES * 64, 64, (1, 1), rngs=rngs), nnx.Conv(64, 64, (3, 3), rngs=rngs)]
+            [nnx.Conv(digits.FRAMES * 48, 64, (1, 1), rngs=rngs), nnx.Conv(64, 64, (3, 3), rngs=rngs)]
         )
         self.feature = nnx.Linear(64 * (digits.SIZE // 4) ** 2, FEATURES, rngs=rngs)
         self.digit = nnx.Linear(FEATURES, len(digits.DIGIT_NAMES), rngs=rngs)
@@ -52,20 +47,22 @@ class Classifier(nnx.Module):
         self.image = nnx.Linear(FEATURES, digits.DIGIT_SIZE**2, rngs=rngs)
 
     def __call__(self, video_BTHWC: Float[Array, "b 8 16 16 1"]) -> Judgement:
-        """Judges videos of pixels in [0, 1]; starts are in units of the canvas' room, images in [0, 1]."""
-        x = einops.rearrange(video_BTHWC, "b t h w c -> (b t) h w c")
+        """Judges videos of pixels in [0, 1]."""
+        x = (video_BTHWC - digits.LATENT_MEAN) / digits.LATENT_STD
+        x = einops.rearrange(x, "b t h w c -> (b t) h w c")
         for conv in self.frame_convs:
-            x = jax.nn.relu(conv(x))
+            # 2x2 pixels become channels: a quarter of the positions, and no strided convolution, slow on a CPU.
+            x = jax.nn.relu(conv(einops.rearrange(x, "n (h p) (w q) c -> n h w (p q c)", p=2, q=2)))
         x = einops.rearrange(x, "(b t) h w c -> b h w (t c)", t=digits.FRAMES)
         for conv in self.video_convs:
             x = jax.nn.relu(conv(x))
         feature_BF = jax.nn.relu(self.feature(einops.rearrange(x, "b h w c -> b (h w c)")))
         return Judgement(
-            feature_BF=feature_BF,
-            digit_logit_BK=self.digit(feature_BF),
-            direction_logit_BK=self.direction(feature_BF),
-            start_B2=self.start(feature_BF),
-            image_BHW=einops.rearrange(self.image(feature_BF), "b (h w) -> b h w", h=digits.DIGIT_SIZE),
+            feature_BF,
+            self.digit(feature_BF),
+            self.direction(feature_BF),
+            self.start(feature_BF),
+            einops.rearrange(self.image(feature_BF), "b (h w) -> b h w", h=digits.DIGIT_SIZE),
         )
 
 
@@ -75,23 +72,24 @@ def to_tensors(classifier: Classifier) -> dict[str, np.ndarray]:
     return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in leaves}
 
 
-def load(path: Path = WEIGHTS) -> tuple[Classifier, dict[str, str]]:
-    """Loads trained weights (the shipped ones by default) and what their file says of them.
+def load(path: str | os.PathLike = WEIGHTS) -> tuple[Classifier, dict[str, str]]:
+    """Loads trained weights, the shipped ones by default, and what their file says of them.
 
     Raises:
-        ValueError: the file's tensors are not this network's.
+        UserError: the file cannot be read or holds other tensors than this network's.
     """
-    with safetensors.safe_open(path, framework="numpy") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata = file.metadata() or {}
-    graph, state = nnx.split(nnx.eval_shape(lambda: Classifier(rngs=nnx.Rngs(0))))
-    leaves = nnx.to_flat_state(state)
-    wanted = {".".join(map(str, path)): leaf.shape for path, leaf in leaves}
-    found = {key: tensor.shape for key, tensor in tensors.items()}
+    tensors, metadata = load_safetensors(path)
+    classifier = nnx.eval_shape(lambda: Classifier(rngs=nnx.Rngs(0)))
+    state = nnx.state(classifier, nnx.Param)
+    leaves = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    wanted = {name: leaf.shape for name, leaf in leaves.items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
     if wanted != found:
-        raise ValueError(
-            f"{str(path)!r} does not hold this classifier: expected {wanted}, found {found}: "
-            "train it anew with python -m launch.classifier"
+        differing = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+        raise UserError(
+            f"{os.fspath(path)!r} is not of this classifier, {differing} differ: run python -m launch.classifier"
         )
-    flat = [(path, leaf.replace(jax.numpy.asarray(tensors[".".join(map(str, path))]))) for path, leaf in leaves]
-    return nnx.merge(graph, nnx.from_flat_state(flat)), metadata
+    for name, leaf in leaves.items():
+        leaf.set_value(jax.numpy.asarray(tensors[name]))
+    nnx.update(classifier, state)
+    return classifier, metadata
