@@ -1,6 +1,8 @@
 """rCM on moving digits: distils the shipped teacher into a one- to four-step generator.
 
     python -m launch.train --config=configs/digits_rcm.py --workdir=runs/digits_rcm
+
+About four minutes on two CPU cores. The README holds the scores to expect.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -8,11 +10,11 @@ from ml_collections import ConfigDict, config_dict
 
 def get_config() -> ConfigDict:
     """The recipe; every value can be changed with --config.KEY=VALUE."""
-    return ConfigDict(
+    config = ConfigDict(
         {
             "seed": 0,
             # Comma-separated LOSSES:ITERATIONS; losses are scm, dcm, dmd, flow_matching, and rcm = scm+dmd.
-            "stages": "rcm:1200",
+            "stages": "rcm:620",
             "model": {
                 "preset": "digits",
                 "dtype": "float32",
@@ -30,21 +32,22 @@ def get_config() -> ConfigDict:
             # in_memory decodes the whole data set once, at the start.
             "data": {"name": "digits", "dir": "data", "batch_size": 32, "accumulate": 1, "in_memory": False},
             "optimizer": {
-                "student_lr": 2e-4,
-                "critic_lr": 2e-4,
+                "student_lr": 5e-5,
+                "critic_lr": 5e-5,
                 "weight_decay": 0.01,
                 "b1": 0.0,
                 "b2": 0.999,
                 "warmup": 20,
                 # Updates between which the rate falls to zero; 0: never.
-                "decay_from": 0,
-                "decay_to": 0,
+                "decay_from": 180,
+                "decay_to": 340,
             },
             "loss": {
-                # None: 100 * sqrt(elements of a latent / 2.1e6), which keeps the official balance with DMD.
+                # sCM's weight beside DMD's, the first thing to tune: more of it keeps diversity, less gains sharpness.
+                # None: 100 * sqrt(elements of a latent / 2.1e6), the official balance, here 3.1.
                 "scm_weight": config_dict.placeholder(float),
                 "dmd_weight": 1.0,
-                "tangent_warmup": 100,
+                "tangent_warmup": 60,
                 "student_update_freq": 2,
                 "simulation_steps": 4,
                 # TrigFlow times after pi/2 of the backward simulation; empty: drawn from p_D.
@@ -59,15 +62,17 @@ def get_config() -> ConfigDict:
             "ema": {"sigma_rel": 0.1},
             # Devices along each axis; -1 takes all that are left.
             "mesh": {"data": -1, "fsdp": 1},
-            "checkpoint": {"every": 500, "keep": 2},
+            "checkpoint": {"every": 100, "keep": 2},
             # wandb: the name of a project, empty for none. sample_every: iterations between samples, 0 for none.
-            "log": {"every": 20, "sample_every": 400, "samples": 8, "wandb": ""},
+            "log": {"every": 20, "sample_every": 200, "samples": 8, "wandb": ""},
             "sampling": {
                 "sigma_max": 80.0,
                 # TrigFlow times between the first step and the last.
-                "mid_times": (1.3, 1.0, 0.6),
+                "mid_times": (1.5, 1.4, 1.0),
                 "teacher_steps": 50,
                 "teacher_shift": 3.0,
             },
         }
     )
+    config.loss.scm_weight = 50.0
+    return config

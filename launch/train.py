@@ -5,6 +5,7 @@
 The same command resumes a run that was interrupted.
 """
 
+from launch import keep_compilations
 from rcm_jax.config import Command
 
 
@@ -14,7 +15,8 @@ def main() -> None:
     command.add_argument("--workdir", metavar="DIR", required=True, help="where the run keeps all that it writes")
     arguments, config = command.parse()
     with command.reports_user_errors():
-        from rcm_jax.train import train  # after the command line is known to be sound: importing JAX takes seconds
+        keep_compilations()
+        from rcm_jax.train import train  # only now: a mistake on the command line need not wait for JAX
 
         train(config, arguments.workdir)
 

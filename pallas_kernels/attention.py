@@ -28,7 +28,9 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 ERROR_JVP = 'attention(mode="reverse") is for jax.grad and jax.vjp: for jax.jvp pass mode="forward"'
 ERROR_GRAD = 'attention(mode="forward") is for jax.jvp, inside jax.grad or not: for jax.grad alone pass mode="reverse"'
-ERROR_TANGENT = 'the tangent of attention(mode="forward") is a constant: differentiate the primal output of jax.jvp only'
+ERROR_TANGENT = (
+    'the tangent of attention(mode="forward") is a constant: differentiate the primal output of jax.jvp only'
+)
 
 
 # Plain `Array`: a wrong shape or dtype must meet the errors below, not a type checker's.
@@ -146,8 +148,7 @@ def _back_end(implementation: str) -> ModuleType:
             raise ValueError(f'{implementation=} must be "auto", "portable" or "reference"')
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _reverse(scale, back_end, q, k, v):
+def _value(scale, back_end, q, k, v) -> tuple[Array, Array]:
     return back_end.forward(q, k, v, scale=scale)
 
 
@@ -160,11 +161,11 @@ def _reverse_bwd(scale, back_end, residuals, cotangents):
     return back_end.backward(*residuals, *cotangents, scale=scale)
 
 
+_reverse = jax.custom_vjp(_value, nondiff_argnums=(0, 1))
 _reverse.defvjp(_reverse_fwd, _reverse_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _given(scale, back_end, q, k, v, out, lse):
+def _given_value(scale, back_end, q, k, v, out, lse) -> Array:
     return out
 
 
@@ -177,23 +178,22 @@ def _given_bwd(scale, back_end, residuals, dout):
     return *back_end.backward(*residuals, dout, jnp.zeros_like(lse), scale=scale), None, None
 
 
+_given = jax.custom_vjp(_given_value, nondiff_argnums=(0, 1))
 _given.defvjp(_given_fwd, _given_bwd)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _forward(scale, back_end, q, k, v):
-    return back_end.forward(q, k, v, scale=scale)
-
-
-@functools.partial(_forward.defjvp, symbolic_zeros=True)
 def _forward_jvp(scale, back_end, primals, tangents):
-    tangents = tuple(None if isinstance(t, SymbolicZero) else forward_only(t, primals, grad_error=ERROR_GRAD, tangent_error=ERROR_TANGENT) for t in tangents)
+    refuse = functools.partial(forward_only, operands=primals, grad_error=ERROR_GRAD, tangent_error=ERROR_TANGENT)
+    tangents = tuple(None if isinstance(t, SymbolicZero) else refuse(t) for t in tangents)
     out, lse, t_out, t_lse = _fused(scale, back_end, primals, tangents)
     return (out, lse), (t_out, t_lse)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fused(scale, back_end, primals, tangents):
+_forward = jax.custom_jvp(_value, nondiff_argnums=(0, 1))
+_forward.defjvp(_forward_jvp, symbolic_zeros=True)
+
+
+def _value_and_tangent(scale, back_end, primals, tangents) -> tuple[Array, Array, Array, Array]:
     return back_end.forward_with_tangent(*primals, *tangents, scale=scale)
 
 
@@ -207,12 +207,13 @@ def _fused_fwd(scale, back_end, primals, tangents):
 def _fused_bwd(scale, back_end, residuals, cotangents):
     dout, dlse, dt_out, dt_lse = cotangents
     gradients = back_end.backward(*residuals, dout, dlse, scale=scale)
-    # Transposing a scan makes zeros of cotangents nobody sends, so a wrong use shows in their values alone.
-    tangent_used_BN = (dt_out != 0).any((1, 3)) | (dt_lse != 0).any(2)
-    nan_BN = jnp.where(tangent_used_BN, jnp.nan, 0)[:, None, :, None]
-    return tuple(x + nan_BN.astype(x.dtype) for x in gradients), None
+    # Where nobody differentiates the tangent, its cotangent is zero, but only as a value once a scan is transposed.
+    is_used_BN = (dt_out != 0).any((1, 3)) | (dt_lse != 0).any(2)
+    nan_B1N1 = jnp.where(is_used_BN, jnp.nan, 0)[:, None, :, None]
+    return tuple(x + nan_B1N1.astype(x.dtype) for x in gradients), None
 
 
+_fused = jax.custom_vjp(_value_and_tangent, nondiff_argnums=(0, 1))
 _fused.defvjp(_fused_fwd, _fused_bwd)
 
 

@@ -8,7 +8,8 @@ Inside this file arrays are (B, N, L, H) and row statistics (B, N, L): rows are 
 caller's dtype, except float16, whose range gradients and tangents exceed; softmax and sums are float32 at least.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +19,13 @@ from jaxtyping import Array, Float
 BLOCK = 512
 
 
-class _Rows(NamedTuple):
-    """Attention of some rows over some keys, in float32 at least; tangents are None when they are not wanted."""
-
-    out: Array
-    lse: Array
-    t_out: Array | None
-    t_lse: Array | None
-
-
 def forward(
     q_BLNH: Float[Array, "b l n h"], k_BSNH: Float[Array, "b s n h"], v_BSNH: Float[Array, "b s n h"], *, scale: float
 ) -> tuple[Float[Array, "b l n h"], Float[Array, "b n l"]]:
     """Returns out = softmax(scale q k^T) v, and lse, the logarithm of each row's sum of exponentials."""
-    rows = _attend_blocks(q_BLNH, k_BSNH, v_BSNH, None, None, None, scale)
-    return _heads_inside(rows.out, q_BLNH.dtype), rows.lse
+    q, k, v = (_heads_outside(x) for x in (q_BLNH, k_BSNH, v_BSNH))
+    out, lse = _attend_blocks(functools.partial(_value, scale=scale), (q,), (k, v))
+    return _heads_inside(out, q_BLNH), lse
 
 
 def forward_with_tangent(
@@ -45,9 +38,15 @@ def forward_with_tangent(
     *,
     scale: float,
 ) -> tuple[Float[Array, "b l n h"], Float[Array, "b n l"], Float[Array, "b l n h"], Float[Array, "b n l"]]:
-    """Returns (out, lse) of `forward` and their tangents, from one pass over the keys. A tangent of None is zero, free."""
-    rows = _attend_blocks(q_BLNH, k_BSNH, v_BSNH, tq_BLNH, tk_BSNH, tv_BSNH, scale)
-    return _heads_inside(rows.out, q_BLNH.dtype), rows.lse, _heads_inside(rows.t_out, q_BLNH.dtype), rows.t_lse
+    """Returns (out, lse) of `forward` and their tangents, from one pass over the keys.
+
+    A tangent of None is zero and spares its matmuls.
+    """
+    operands = (q_BLNH, k_BSNH, v_BSNH, tq_BLNH, tk_BSNH, tv_BSNH)
+    q, k, v, tq, tk, tv = (None if x is None else _heads_outside(x) for x in operands)
+    attend = functools.partial(_value_and_tangent, scale=scale)
+    out, lse, t_out, t_lse = _attend_blocks(attend, (q, tq), (k, v, tk, tv))
+    return _heads_inside(out, q_BLNH), lse, _heads_inside(t_out, q_BLNH), t_lse
 
 
 def backward(
@@ -63,84 +62,97 @@ def backward(
 ) -> tuple[Float[Array, "b l n h"], Float[Array, "b s n h"], Float[Array, "b s n h"]]:
     """Returns the gradients (dq, dk, dv), given `forward`'s results and their cotangents.
 
-    FlashAttention-2 (Dao 2023), algorithm 2. d lse / d s is p, so dlse only shifts the row term delta.
+    FlashAttention-2 (Dao 2023), algorithm 2. The gradient of lse with respect to logits is p: dlse shifts delta.
     """
     q, k, v, out, dout = (_heads_outside(x) for x in (q_BLNH, k_BSNH, v_BSNH, out_BLNH, dout_BLNH))
     delta = _dot("bnlh,bnlh->bnl", out, dout) - dlse_BNL
 
-    def add_queries(sums, rows):
+    def pull_back_queries(sums, rows):
         q, dout, lse, delta = rows
 
-        def add_keys(dq, keys):
+        def pull_back_keys(dq, keys):
             k, v = keys
             p = jnp.exp(scale * _dot("bnlh,bnsh->bnls", q, k) - lse[..., None])
             ds = scale * p * (_dot("bnlh,bnsh->bnls", dout, v) - delta[..., None])
-            p, ds = p.astype(q.dtype), ds.astype(q.dtype)
-            dk, dv = _dot("bnls,bnlh->bnsh", ds, q), _dot("bnls,bnlh->bnsh", p, dout)
-            return _add(dq, _dot("bnls,bnsh->bnlh", ds, k)), (dk, dv)
+            more, dk, dv = (
+                _dot("bnls,bnsh->bnlh", ds, k),
+                _dot("bnls,bnlh->bnsh", ds, q),
+                _dot("bnls,bnlh->bnsh", p, dout),
+            )
+            return more if dq is None else dq + more, (dk, dv)
 
-        dq, (dk, dv) = _scan_blocks(add_keys, (k, v))
-        return (dk, dv) if sums is None else (sums[0] + dk, sums[1] + dv), dq
+        dq, more = _scan_blocks(pull_back_keys, (k, v))
+        return more if sums is None else jax.tree.map(jnp.add, sums, more), dq
 
-    (dk, dv), dq = _scan_blocks(add_queries, (q, dout, lse_BNL, delta))
-    return tuple(_heads_inside(x, q_BLNH.dtype) for x in (dq, dk, dv))
+    (dk, dv), dq = _scan_blocks(pull_back_queries, (q, dout, lse_BNL, delta))
+    return _heads_inside(dq, q_BLNH), _heads_inside(dk, k_BSNH), _heads_inside(dv, v_BSNH)
 
 
-def _attend_blocks(q, k, v, tq, tk, tv, scale) -> _Rows:
-    q, k, v, tq, tk, tv = (None if x is None else _heads_outside(x) for x in (q, k, v, tq, tk, tv))
+def _attend_blocks(attend, queries, keys) -> tuple[Array, ...]:
+    """`attend(*queries, *keys)`, by tiles, merged over the keys and joined over the queries."""
 
     def attend_queries(_, queries):
         def attend_keys(rows, keys):
-            more = _attend(*queries, *keys, scale)
+            more = attend(*queries, *keys)
             return more if rows is None else _merge(rows, more), None
 
-        rows, _ = _scan_blocks(attend_keys, (k, v, tk, tv))
+        rows, _ = _scan_blocks(attend_keys, keys)
         return None, rows
 
-    return _scan_blocks(attend_queries, (q, tq))[1]
+    return _scan_blocks(attend_queries, queries)[1]
 
 
-def _attend(q, tq, k, v, tk, tv, scale) -> _Rows:
-    """One tile. With s = scale q k^T and ts its tangent, t_lse is the mean of ts under p.
+def _value(q, k, v, scale):
+    p, total, lse = _softmax(scale * _dot("bnlh,bnsh->bnls", q, k))
+    return _dot("bnls,bnsh->bnlh", p, v) / total[..., None], lse
 
-    t_out = p tv + (p (ts - t_lse)) v. Subtracting the mean before the matmul, not after it, keeps t_out
-    accurate in bfloat16 where few keys hold all of the weight.
+
+def _value_and_tangent(q, tq, k, v, tk, tv, scale):
+    """With ts the tangent of the logits: t_lse is the mean of ts, and t_out that of tv + (ts - t_lse) v, both under p.
+
+    Subtracting t_lse before the matmul, not t_lse * out after it, keeps t_out accurate in bfloat16 where few keys have
+    all of the weight.
     """
-    s = scale * _dot("bnlh,bnsh->bnls", q, k)
-    max_ = s.max(-1)
-    p = jnp.exp(s - max_[..., None])
-    total = p.sum(-1)
-    out = _dot("bnls,bnsh->bnlh", p.astype(v.dtype), v) / total[..., None]
-    lse = max_ + jnp.log(total)
-    if tq is None and tk is None and tv is None:
-        return _Rows(out, lse, None, None)
-
-    t_out, t_lse = None, jnp.zeros_like(lse)
+    p, total, lse = _softmax(scale * _dot("bnlh,bnsh->bnls", q, k))
+    out = _dot("bnls,bnsh->bnlh", p, v) / total[..., None]
+    t_out, t_lse = jnp.zeros_like(out), jnp.zeros_like(lse)
     if tv is not None:
-        t_out = _dot("bnls,bnsh->bnlh", p.astype(v.dtype), tv)
+        t_out += _dot("bnls,bnsh->bnlh", p, tv) / total[..., None]
     if tq is not None or tk is not None:
-        ts = None if tq is None else _dot("bnlh,bnsh->bnls", tq, k)
-        ts = scale * (ts if tk is None else _add(ts, _dot("bnlh,bnsh->bnls", q, tk)))
-        t_lse = (p * ts).sum(-1) / total
-        h = p * (ts - t_lse[..., None])
-        t_out = _add(t_out, _dot("bnls,bnsh->bnlh", h.astype(v.dtype), v))
-    return _Rows(out, lse, t_out / total[..., None], t_lse)
+        ts = jnp.zeros_like(p)
+        if tq is not None:
+            ts += scale * _dot("bnlh,bnsh->bnls", tq, k)
+        if tk is not None:
+            ts += scale * _dot("bnlh,bnsh->bnls", q, tk)
+        t_lse += (p * ts).sum(-1) / total
+        t_out += _dot("bnls,bnsh->bnlh", p * (ts - t_lse[..., None]), v) / total[..., None]
+    return out, lse, t_out, t_lse
 
 
-def _merge(a: _Rows, b: _Rows) -> _Rows:
-    """Attention over the keys of both: a mixture of the two with weights that sum to one."""
-    lse = jnp.logaddexp(a.lse, b.lse)
-    weight_a, weight_b = jnp.exp(a.lse - lse), jnp.exp(b.lse - lse)
-    out = weight_a[..., None] * a.out + weight_b[..., None] * b.out
-    if a.t_out is None:
-        return _Rows(out, lse, None, None)
-    t_lse = weight_a * a.t_lse + weight_b * b.t_lse
-    t_out = weight_a[..., None] * (a.t_out + (a.t_lse - t_lse)[..., None] * a.out)
-    t_out += weight_b[..., None] * (b.t_out + (b.t_lse - t_lse)[..., None] * b.out)
-    return _Rows(out, lse, t_out, t_lse)
+def _softmax(s):
+    """Returns unnormalised probabilities, their sum and its logarithm before the maximum was taken off."""
+    maximum = s.max(-1)
+    p = jnp.exp(s - maximum[..., None])
+    total = p.sum(-1)
+    return p, total, maximum + jnp.log(total)
 
 
-def _scan_blocks(step, rows):
+def _merge(a, b):
+    """Attention over the keys of both: a mean of the two, with the tangent of its weights."""
+    (out_a, lse_a, *tangents_a), (out_b, lse_b, *tangents_b) = a, b
+    lse = jnp.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = jnp.exp(lse_a - lse), jnp.exp(lse_b - lse)
+    out = weight_a[..., None] * out_a + weight_b[..., None] * out_b
+    if not tangents_a:
+        return out, lse
+    (t_out_a, t_lse_a), (t_out_b, t_lse_b) = tangents_a, tangents_b
+    t_lse = weight_a * t_lse_a + weight_b * t_lse_b
+    t_out = weight_a[..., None] * (t_out_a + (t_lse_a - t_lse)[..., None] * out_a)
+    t_out += weight_b[..., None] * (t_out_b + (t_lse_b - t_lse)[..., None] * out_b)
+    return out, lse, t_out, t_lse
+
+
+def _scan_blocks(step, rows) -> tuple[Any, Any]:
     """`lax.scan` over blocks of axis 2; the first step's carry is None; per-block results are joined along axis 2."""
     length = jax.tree.leaves(rows)[0].shape[2]
     first = (length - 1) % BLOCK + 1
@@ -159,18 +171,15 @@ def _scan_blocks(step, rows):
     return carry, jax.tree.map(join, results, rest)
 
 
-def _dot(equation: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(equation, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+def _dot(equation, x, y):
+    """Operands in the dtype of y, sums in float32 at least."""
+    return jnp.einsum(equation, x.astype(y.dtype), y, preferred_element_type=jnp.promote_types(y.dtype, jnp.float32))
 
 
-def _add(x: Array | None, y: Array) -> Array:
-    return y if x is None else x + y
-
-
-def _heads_outside(x_BLNH: Array) -> Array:
+def _heads_outside(x_BLNH):
     x_BNLH = jnp.swapaxes(x_BLNH, 1, 2)
     return x_BNLH.astype(jnp.float32) if x_BNLH.dtype == jnp.float16 else x_BNLH
 
 
-def _heads_inside(x_BNLH: Array, dtype) -> Array:
-    return jnp.swapaxes(x_BNLH, 1, 2).astype(dtype)
+def _heads_inside(x_BNLH, like):
+    return jnp.swapaxes(x_BNLH, 1, 2).astype(like.dtype)

@@ -16,7 +16,7 @@ def reverse_only(x: Array, error: str) -> Array:
 
 
 def forward_only(tangent: Array, operands: tuple[Array, ...], *, grad_error: str, tangent_error: str) -> Array:
-    """Returns `tangent`, which a jvp rule hands, with all its `operands`, to one operation that treats it as a constant.
+    """Returns `tangent`, which a jvp rule hands with its `operands` to one operation that treats it as a constant.
 
     Raises:
       TypeError: grad_error under `jax.grad` with no `jax.jvp` inside; tangent_error where `tangent` depends on what
@@ -31,7 +31,10 @@ def _identity_primitive(name: str) -> Primitive:
     primitive.def_impl(lambda *operands, **errors: operands[0])
     primitive.def_abstract_eval(lambda *operands, **errors: operands[0])
     mlir.register_lowering(primitive, lambda context, *operands, **errors: operands[:1])
-    batching.primitive_batchers[primitive] = lambda operands, axes, **errors: (primitive.bind(*operands, **errors), axes[0])
+    batching.primitive_batchers[primitive] = lambda operands, axes, **errors: (
+        primitive.bind(*operands, **errors),
+        axes[0],
+    )
     return primitive
 
 

@@ -32,9 +32,8 @@ class Checkpoints:
         """Keeps the newest `keep` checkpoints of those `save` is asked for at multiples of `every` iterations."""
         self.directory = Path(directory).absolute()
         self.every = every
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=False)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(
         self,
@@ -83,6 +82,7 @@ class Checkpoints:
         }
         if iterator is not None:
             items["data"] = CheckpointSave(iterator)
+        self.directory.mkdir(parents=True, exist_ok=True)
         return self._manager.save(iteration, args=ocp.args.Composite(**items), force=True)
 
     def latest(self) -> int | None:

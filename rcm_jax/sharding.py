@@ -33,7 +33,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
     sizes = {"data": data, "fsdp": fsdp}
     if list(sizes.values()).count(-1) == 1:
         known = -int(np.prod(list(sizes.values())))
-        sizes = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
+        sizes = {axis: devices // max(known, 1) if size == -1 else size for axis, size in sizes.items()}
     if int(np.prod(list(sizes.values()))) != devices or min(sizes.values()) < 1:
         raise ValueError(f"mesh of data={data}, fsdp={fsdp} does not cover {devices} devices: set mesh.data=-1")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))

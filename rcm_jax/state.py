@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 Params = dict[str, Any]
+Counter = Any  # an int32 scalar; in a tree of shapes or shardings, that of one
 
 
 @flax.struct.dataclass
@@ -20,10 +21,10 @@ class TrainState:
     function of its iteration alone; `skipped` counts updates dropped because a gradient was not finite.
     """
 
-    iteration: jax.Array
-    student_updates: jax.Array
-    critic_updates: jax.Array
-    skipped: jax.Array
+    iteration: Counter
+    student_updates: Counter
+    critic_updates: Counter
+    skipped: Counter
     student: Params
     ema: Params
     student_opt: optax.OptState

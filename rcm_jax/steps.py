@@ -67,8 +67,9 @@ def student_step(
         text = batch["text"]
         student = conditioned(apply, params, text)
         frozen = conditioned(apply, lax.stop_gradient(params), text)
-        teacher = state.teacher and guided(apply, state.teacher, text, negative_text, recipe.guidance)
         parts = {}
+        if state.teacher is not None:
+            teacher = trig_velocity(guided(apply, state.teacher, text, negative_text, recipe.guidance))
         if "flow_matching" in loss_names:
             dropped = jnp.where((draws["u"] < recipe.caption_dropout)[:, None, None], negative_text[None], text)
             net = conditioned(apply, params, dropped)
@@ -147,22 +148,22 @@ def conditioned(apply: Apply, params: Params, text_BSD: jax.Array, *, mode: str 
 def guided(
     apply: Apply, params: Params, text_BSD: jax.Array, negative: jax.Array | None, guidance: float
 ) -> Velocity:
-    """Classifier-free guidance F_uncond + w (F_cond - F_uncond), both from one batch of twice the size.
+    """A network's velocity under classifier-free guidance, v_uncond + w (v_cond - v_uncond), on network times.
 
-    `negative` is the embedding of the negative prompt, one (S, D) for all samples or (B, S, D).
-
-    A sample and its unconditional twin are neighbours in that batch, so that a sharded batch needs no communication.
+    `negative` is the embedding of the negative prompt, one (S, D) for all samples or (B, S, D). Both halves run in one
+    batch of twice the size, where a sample and its twin are neighbours: a sharded batch needs no communication.
     """
     if guidance == 1.0:
-        return conditioned(apply, params, text_BSD)
+        return lambda x, time_B: apply(params, x, time_B, text_BSD)
     pairs = jnp.stack([text_BSD, jnp.broadcast_to(negative, text_BSD.shape)], axis=1)
-    velocity = conditioned(apply, params, pairs.reshape(-1, *text_BSD.shape[1:]))
+    pairs = pairs.reshape(-1, *text_BSD.shape[1:])
 
-    def combined(x: jax.Array, t_B: jax.Array) -> jax.Array:
-        both = velocity(jnp.repeat(x, 2, axis=0), jnp.repeat(t_B, 2)).reshape(len(x), 2, *x.shape[1:])
+    def velocity(x: jax.Array, time_B: jax.Array) -> jax.Array:
+        both = apply(params, jnp.repeat(x, 2, axis=0), jnp.repeat(time_B, 2), pairs)
+        both = both.reshape(len(x), 2, *both.shape[1:])
         return both[:, 1] + guidance * (both[:, 0] - both[:, 1])
 
-    return combined
+    return velocity
 
 
 def ema_decay(updates: jax.Array, gamma: float) -> jax.Array:

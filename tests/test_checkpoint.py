@@ -194,6 +194,7 @@ def test_a_state_that_differs_is_refused_by_leaf(
 def test_a_checkpoint_that_is_not_there_is_refused(checkpoints: Checkpoints):
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         checkpoints.restore(create_state(), None)
+    assert not checkpoints.directory.exists()
     checkpoints.save(10, create_state(), None)
     with pytest.raises(UserError, match=r"holds no checkpoint 20: choose one of \[10\]"):
         checkpoints.restore(create_state(), None, iteration=20)

@@ -134,6 +134,7 @@ def test_a_loaded_config_takes_no_new_key(recipe: Path):
     [
         ("data.batch_sise=64", "did you mean data.batch_size?"),
         ("batch_size=64", "did you mean data.batch_size?"),
+        ("every=64", "did you mean checkpoint.every or log.every?"),
         ("dta.batch_size=64", "did you mean data.batch_size?"),
         ("nonsense_beyond_repair=1", "known are checkpoint.every"),
         ("data=3", "it is a group: set one of data.accumulate, data.batch_size, data.dir, data.name"),
@@ -289,6 +290,7 @@ class TestCommand:
             (["--workdir=w"], "--config"),
             (["--config={recipe}"], "--workdir"),
             (["--config={recipe}", "--workdir=w", "--wrokdir=w"], "--wrokdir"),
+            (["--config={recipe}", "--workd=w"], "--workdir"),
             (["--config=nowhere.py", "--workdir=w"], "nowhere.py"),
             (["--config={recipe}", "--workdir=w", "--config.data.batch_sise=3"], "data.batch_size"),
             (["--config={recipe}", "--workdir=w", "--config.seed"], "must be of type int"),

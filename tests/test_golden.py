@@ -15,6 +15,7 @@ from rcm_jax.convert.wan import params_from_wan, wan_tensors
 from rcm_jax.models.functional import functional
 from rcm_jax.models.wan import Wan, WanConfig
 from rcm_jax.steps import conditioned, guided
+from rcm_jax.trigflow import trig_velocity
 
 TOLERANCE = 2e-5
 # The official code feeds its nets a float64 time; 1000 s rounded to float32 is off by up to 3e-5, and the highest
@@ -116,7 +117,7 @@ def test_scm_loss_and_every_gradient(golden):
     def loss(student):
         value, terms = losses.scm(
             conditioned(net.apply, student, text, mode="forward"),
-            guided(net.apply, teacher, text, negative, guidance),
+            trig_velocity(guided(net.apply, teacher, text, negative, guidance)),
             video(tensors["x0"]),
             video(tensors["noise"]),
             t,
@@ -146,7 +147,7 @@ def test_dcm_loss_and_every_gradient(golden):
         value = losses.dcm(
             conditioned(net.apply, params, text),
             conditioned(net.apply, student, text),
-            guided(net.apply, teacher, text, negative, guidance),
+            trig_velocity(guided(net.apply, teacher, text, negative, guidance)),
             video(tensors["x0"]),
             video(tensors["noise"]),
             *times,
@@ -181,7 +182,7 @@ def test_dmd_loss_and_every_gradient(golden):
         value, x0_fake = losses.dmd(
             generated,
             conditioned(net.apply, fake, text),
-            guided(net.apply, teacher, text, negative, guidance),
+            trig_velocity(guided(net.apply, teacher, text, negative, guidance)),
             video(tensors["noise"]),
             jnp.asarray(tensors["time"][:, 0], jnp.float32),
         )

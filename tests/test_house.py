@@ -91,6 +91,12 @@ def test_a_mistake_on_the_command_line_is_one_line_before_anything_is_written(tm
     assert not (tmp_path / "run").exists()
 
 
+def test_the_command_line_is_read_without_importing_jax():
+    """Importing JAX takes seconds; a mistyped option should not."""
+    script = "import sys, rcm_jax.config; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+
+
 FAKE_PYTHON = """#!/bin/sh
 # Stands in for Python {version}: logs what it is asked for; pip fails while the file "offline" exists.
 case "$1 $2" in

@@ -25,6 +25,7 @@ from rcm_jax.config import UserError
 from rcm_jax.data import text
 
 FRAMES = 8
+FPS = 8
 SIZE = 16
 DIGIT_SIZE = 8
 

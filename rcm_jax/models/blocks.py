@@ -21,10 +21,17 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 import pallas_kernels
+from pallas_kernels.refusals import forward_only
 
 Mode = Literal["reverse", "forward"]
 Remat = Literal["none", "block", "attention"]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+ERROR_GRAD = (
+    "mode='forward' pushes tangents of the latent and the time only; for a gradient outside jax.jvp, or with respect to"
+    " parameters or text, call the network with mode='reverse'"
+)
+ERROR_TANGENT = "the tangent of mode='forward' is a constant: differentiate the primal output of jax.jvp only"
 
 # (params, x_BLD, modulation_B6D, text_BSD, attend) -> x_BLD: one block, with its attention op as an argument.
 Block = Callable[[Any, jax.Array, jax.Array, jax.Array, Attend], jax.Array]
@@ -42,7 +49,7 @@ def run_blocks(
 ) -> jax.Array:
     """Applies the blocks whose parameters are stacked along the leading axis of every leaf of `params`.
 
-    Raises ValueError for an unknown mode or remat policy, NotImplementedError for a derivative `mode` does not serve.
+    Raises ValueError for an unknown mode or remat policy, TypeError for a derivative `mode` does not serve.
     """
     if mode == "forward":
         return _forward_mode(block)(params, x_BLD, modulation_B6D, text_BSD)
@@ -78,11 +85,11 @@ def _forward_mode(block):
         params, x, modulation, text = primals
         params_t, x_t, modulation_t, text_t = tangents
         if any(not isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves((params_t, text_t))):
-            raise NotImplementedError(
-                "mode='forward' pushes tangents of the latent and the time only; for a gradient with respect to"
-                " parameters or text outside jax.jvp, call the network with mode='reverse'"
-            )
-        x_t, modulation_t = map(_instantiate, (x, modulation), (x_t, modulation_t))
+            raise TypeError(ERROR_GRAD)
+        x_t, modulation_t = (
+            forward_only(_instantiate(a, a_t), (x, modulation), grad_error=ERROR_GRAD, tangent_error=ERROR_TANGENT)
+            for a, a_t in ((x, x_t), (modulation, modulation_t))
+        )
         return stack_with_tangent(params, x, x_t, modulation, modulation_t, text)
 
     stack.defjvp(stack_jvp, symbolic_zeros=True)

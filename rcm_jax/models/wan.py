@@ -50,7 +50,7 @@ class WanConfig:
 
 PRESETS = {
     "digits": WanConfig(
-        dim=96, ffn_dim=384, heads=3, layers=4, patch=(2, 4, 4), in_channels=1, out_channels=1, text_dim=32, text_length=8
+        dim=128, ffn_dim=512, heads=4, layers=4, patch=(2, 4, 4), in_channels=1, out_channels=1, text_dim=32, text_length=8
     ),
     "wan2.1-t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, heads=12, layers=30),
     "wan2.1-t2v-14b": WanConfig(dim=5120, ffn_dim=13824, heads=40, layers=40),
