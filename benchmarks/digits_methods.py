@@ -73,7 +73,9 @@ def _train_and_score(judge: evaluation.Judge, name: str, seed: int, arguments: a
     for steps in evaluation.STUDENT_STEPS:
         sampler = student_sampler(config, network, SHAPE, steps=steps)
         sampled = evaluation.sample_all(sampler, params, per_caption=arguments.per_caption, label=f"{name}, {steps}")
-        scores[str(steps)] = judge.score(sampled.video_NTHWC, prompts) | {"seconds_per_batch": sampled.seconds_per_batch}
+        scores[str(steps)] = judge.score(sampled.video_NTHWC, prompts) | {
+            "seconds_per_batch": sampled.seconds_per_batch
+        }
     return {"train_seconds": evaluation.train_seconds(workdir / "metrics.jsonl"), "student": scores}
 
 

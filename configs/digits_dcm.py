@@ -1,6 +1,6 @@
 """dCM alone on moving digits: the consistency loss between neighbours of a grid of 48 times.
 
-    python -m launch.train --config=configs/digits_dcm.py --workdir=runs/digits_dcm
+python -m launch.train --config=configs/digits_dcm.py --workdir=runs/digits_dcm
 """
 
 from ml_collections import ConfigDict

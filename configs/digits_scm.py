@@ -1,6 +1,6 @@
 """sCM alone on moving digits: the forward-divergence half of rCM, no fake score.
 
-    python -m launch.train --config=configs/digits_scm.py --workdir=runs/digits_scm
+python -m launch.train --config=configs/digits_scm.py --workdir=runs/digits_scm
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """Stages on moving digits: dCM, then sCM, then rCM, for models on which the joint loss is unstable from the start.
 
-    python -m launch.train --config=configs/digits_staged.py --workdir=runs/digits_staged
+python -m launch.train --config=configs/digits_staged.py --workdir=runs/digits_staged
 """
 
 from ml_collections import ConfigDict

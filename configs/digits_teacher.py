@@ -1,6 +1,6 @@
 """The teacher of the digits recipes, trained from scratch by flow matching.
 
-    python -m launch.train --config=configs/digits_teacher.py --workdir=runs/digits_teacher
+python -m launch.train --config=configs/digits_teacher.py --workdir=runs/digits_teacher
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def keep_compilations() -> None:
-    """Keeps what XLA compiles in ~/.cache/rcm_jax, or in $JAX_COMPILATION_CACHE_DIR, so that a second start is quick."""
+    """Keeps what XLA compiles in ~/.cache/rcm_jax or $JAX_COMPILATION_CACHE_DIR: a second start is quick."""
     import jax
 
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path.home() / ".cache" / "rcm_jax")

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from launch import keep_compilations
 from rcm_jax.config import Command, UserError, load
+from rcm_jax.media import json_text
 
 CONFIG = Path(__file__).parent.parent / "configs" / "digits_rcm.py"
 PER_CAPTION = 4
@@ -35,7 +36,7 @@ def main() -> None:
 def _check_recipe(workdir: Path, config: ConfigDict) -> None:
     """Raises UserError if the folder holds a run of another recipe: resuming it would mix the two."""
     info = workdir / "run.json"
-    if info.exists() and json.loads(info.read_text())["config"] != json.loads(config.to_json_best_effort()):
+    if info.exists() and json.loads(info.read_text())["config"] != json.loads(json_text(config.to_dict())):
         raise UserError(f"{workdir} holds a run of another recipe: remove it, or give another --workdir")
 
 

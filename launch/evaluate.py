@@ -1,6 +1,6 @@
 """Scores a distilled digits run beside its teacher and writes report.html, report.json, a grid and videos.
 
-    python -m launch.evaluate --config=configs/digits_rcm.py --workdir=runs/digits_rcm
+python -m launch.evaluate --config=configs/digits_rcm.py --workdir=runs/digits_rcm
 """
 
 from pathlib import Path

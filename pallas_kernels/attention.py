@@ -98,6 +98,8 @@ def attention_given(
     q, k and v is the flash backward pass from the given `out` and `lse`, and no forward pass runs. The gradient
     with respect to `out` and `lse` is zero. Reverse mode only.
 
+    k and v may be a part of the keys behind `out` and `lse`: gradients of parts add up, as ring attention needs.
+
     Args:
       q_BLNH, k_BSNH, v_BSNH, scale, implementation: as `attention` got them.
       out_BLNH, lse_BNL: what `attention` returned.

@@ -251,7 +251,7 @@ class Command(argparse.ArgumentParser):
     A mistake ends the process with one line on stderr and exit code 2.
     """
 
-    def __init__(self, description: str):
+    def __init__(self, description: str | None):
         spec = sys.modules["__main__"].__spec__
         super().__init__(
             prog=f"python -m {spec.name}" if spec else None,

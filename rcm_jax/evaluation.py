@@ -136,7 +136,9 @@ def evaluate(
 
 def targets(teacher: Scores) -> dict[int, dict[str, tuple[str, float]]]:
     """What each number of student steps should reach, given the teacher's scores."""
-    bounds = {steps: {"caption_accuracy": (">=", teacher["caption_accuracy"] - loss)} for steps, loss in ACCURACY_LOSS.items()}
+    bounds = {
+        steps: {"caption_accuracy": (">=", teacher["caption_accuracy"] - loss)} for steps, loss in ACCURACY_LOSS.items()
+    }
     bounds[4]["frechet"] = ("<=", FRECHET_RATIO * teacher["frechet"])
     bounds[4]["diversity"] = (">=", DIVERSITY_RATIO * teacher["diversity"])
     return bounds

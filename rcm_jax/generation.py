@@ -20,7 +20,7 @@ Sampler = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 def student_sampler(
-    config: ConfigDict, network: Network, latent_shape: tuple[int, ...], *, steps: int, kind: str = "sde"
+    config: ConfigDict, network: Network, latent_shape: tuple[int, ...], *, steps: int, kind: sampling.Kind = "sde"
 ) -> Sampler:
     """The distilled sampler at the config's times. Raises ValueError for a number of steps they do not allow."""
     times = sampling.few_step_times(steps, sigma_max=config.sampling.sigma_max, mid_times=config.sampling.mid_times)

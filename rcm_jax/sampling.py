@@ -3,6 +3,7 @@
 A velocity here is v(x, s) = eps - x0 of a network whose conditioning is closed over (trigflow.rf_velocity).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -15,8 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from rcm_jax.trigflow import Velocity
 
+Kind = Literal["sde", "ode"]
+
 MAX_STEPS = 4
-MID_TIMES = (1.5, 1.4, 1.0)  # official TrigFlow times between the first step and the last; the paper's are 1.3, 1.0, 0.6
+# Official TrigFlow times between the first step and the last; the paper's are 1.3, 1.0, 0.6.
+MID_TIMES = (1.5, 1.4, 1.0)
 
 
 def few_step_times(steps: int, *, sigma_max: float, mid_times: Sequence[float] = MID_TIMES) -> np.ndarray:
@@ -50,7 +54,7 @@ def few_step(
     shape_THWC: tuple[int, ...],
     times: Sequence[float],
     *,
-    kind: Literal["sde", "ode"] = "sde",
+    kind: Kind = "sde",
 ) -> Float[Array, "b t h w c"]:
     """Samples of a distilled student at the RF `times` (few_step_times), rCM section 4.
 
@@ -59,7 +63,7 @@ def few_step(
     if kind not in ("sde", "ode"):
         raise ValueError(f"{kind=} must be 'sde' (renoise at every step) or 'ode' (follow the velocity)")
     x = sample_noise(seeds_B, shape_THWC, 0) * times[0]
-    for step, (s, s_next) in enumerate(zip(times[:-1], times[1:], strict=True), start=1):
+    for step, (s, s_next) in enumerate(itertools.pairwise(times), start=1):
         v = velocity(x, jnp.full(len(seeds_B), s, x.dtype))
         if kind == "ode" or s_next == 0:
             x = x - (s - s_next) * v
@@ -72,10 +76,10 @@ def euler(
     velocity: Velocity, seeds_B: Int[Array, "b"], shape_THWC: tuple[int, ...], times: Sequence[float]
 ) -> Float[Array, "b t h w c"]:
     """Samples of a teacher by Euler's method at the RF `times` (euler_times); one compiled step, scanned."""
-    times = jnp.asarray(times, jnp.float32)
+    s_all = jnp.asarray(times, jnp.float32)
 
     def step(x: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         s, s_next = pair
         return x - (s - s_next) * velocity(x, jnp.full(len(seeds_B), s)), None
 
-    return lax.scan(step, sample_noise(seeds_B, shape_THWC, 0), (times[:-1], times[1:]))[0]
+    return lax.scan(step, sample_noise(seeds_B, shape_THWC, 0), (s_all[:-1], s_all[1:]))[0]

@@ -12,8 +12,7 @@ Params = dict[str, Any]
 Counter = Any  # an int32 scalar; in a tree of shapes or shardings, that of one
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Parameters of every network in float32 masters, their optimisers and the counters that schedules read.
 
     `teacher` is None when a run trains by flow matching; `fake` and `fake_opt` are None without a DMD loss.
@@ -28,31 +27,30 @@ class TrainState:
     student: Params
     ema: Params
     student_opt: optax.OptState
-    teacher: Params | None
-    fake: Params | None
-    fake_opt: optax.OptState | None
+    teacher: Any
+    fake: Any
+    fake_opt: Any
 
 
 def create_state(
     student: Params,
-    teacher: Params | None,
+    teacher: Any,
     student_optimizer: optax.GradientTransformation,
     critic_optimizer: optax.GradientTransformation | None,
 ) -> TrainState:
     """A state at iteration 0; student, EMA and fake score are copies, so that each can be donated.
 
-    Without a `critic_optimizer` there is no fake score.
+    Without a `critic_optimizer` there is no fake score. `teacher` may be None.
     """
-    copy = lambda params: jax.tree.map(jnp.copy, params)  # noqa: E731
-    fake = None if critic_optimizer is None else copy(teacher)
+    fake: Any = None if critic_optimizer is None else _copy(teacher)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         iteration=zero,
         student_updates=jnp.copy(zero),
         critic_updates=jnp.copy(zero),
         skipped=jnp.copy(zero),
-        student=copy(student),
-        ema=copy(student),
+        student=_copy(student),
+        ema=_copy(student),
         student_opt=student_optimizer.init(student),
         teacher=teacher,
         fake=fake,
@@ -67,16 +65,16 @@ def create_optimizer(
     b2: float = 0.999,
     weight_decay: float = 0.01,
     warmup: int = 100,
-    decay_from: int | None = None,
-    total: int | None = None,
+    decay_from: int = 0,
+    decay_to: int = 0,
 ) -> optax.GradientTransformation:
-    """AdamW with linear warm-up and, if `decay_from` is given, a linear decay to zero at `total` updates.
+    """AdamW with linear warm-up and, if `decay_to` is given, a linear decay to zero between two counts.
 
     With b1 = 0 the first moment is the gradient and is not stored. Weight decay applies to kernels only.
     """
     schedule = optax.linear_schedule(learning_rate / max(warmup, 1), learning_rate, max(warmup - 1, 1))
-    if decay_from is not None:
-        ramp = optax.linear_schedule(learning_rate, 0.0, max(total - decay_from, 1))
+    if decay_to:
+        ramp = optax.linear_schedule(learning_rate, 0.0, max(decay_to - decay_from, 1))
         schedule = optax.join_schedules([schedule, ramp], [decay_from])
     if b1 == 0.0:
         precondition = optax.scale_by_rms(b2, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
@@ -92,6 +90,10 @@ def create_optimizer(
 def ema_exponent(sigma_rel: float) -> float:
     """gamma of the power EMA of relative width `sigma_rel` (EDM2, arXiv 2312.02696, eq. 123)."""
     return float(np.roots([1.0, 7.0, 16.0 - sigma_rel**-2, 12.0 - sigma_rel**-2]).real.max())
+
+
+def _copy(params: Any) -> Any:
+    return jax.tree.map(jnp.copy, params)
 
 
 def _is_kernel(params: Params) -> Params:

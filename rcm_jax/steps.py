@@ -56,7 +56,7 @@ def student_step(
     apply: Apply,
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
-    negative_text: jax.Array | None,
+    negative_text: jax.Array,
 ) -> tuple[TrainState, Metrics]:
     """One update of the student and its EMA. `negative_text` (S, D) embeds the unconditional caption."""
     batch = _contain(batch)
@@ -67,9 +67,8 @@ def student_step(
         text = batch["text"]
         student = conditioned(apply, params, text)
         frozen = conditioned(apply, lax.stop_gradient(params), text)
+        teacher = trig_velocity(guided(apply, state.teacher, text, negative_text, recipe.guidance))
         parts = {}
-        if state.teacher is not None:
-            teacher = trig_velocity(guided(apply, state.teacher, text, negative_text, recipe.guidance))
         if "flow_matching" in loss_names:
             dropped = jnp.where((draws["u"] < recipe.caption_dropout)[:, None, None], negative_text[None], text)
             net = conditioned(apply, params, dropped)
@@ -88,7 +87,7 @@ def student_step(
             parts["dmd"], _ = losses.dmd(generated, fake, teacher, draws["dmd_noise"], draws["dmd_t"])
         parts = {name: jnp.where(batch["sound"], value, 0.0).mean() for name, value in parts.items()}
         weights = {"flow_matching": 1.0, "scm": recipe.scm_weight, "dcm": recipe.scm_weight, "dmd": recipe.dmd_weight}
-        total = sum(weights[name] * value for name, value in parts.items())
+        total = jnp.sum(jnp.stack([weights[name] * value for name, value in parts.items()]))
         return total, {"loss": total} | {f"loss_{name}": value for name, value in parts.items()}
 
     grads, metrics = _mean_gradient(loss, state.student, batch, draws, recipe.accumulate)
@@ -145,9 +144,7 @@ def conditioned(apply: Apply, params: Params, text_BSD: jax.Array, *, mode: str 
     return trig_velocity(lambda x, time: apply(params, x, time, text_BSD, mode=mode))
 
 
-def guided(
-    apply: Apply, params: Params, text_BSD: jax.Array, negative: jax.Array | None, guidance: float
-) -> Velocity:
+def guided(apply: Apply, params: Params, text_BSD: jax.Array, negative: jax.Array, guidance: float) -> Velocity:
     """A network's velocity under classifier-free guidance, v_uncond + w (v_cond - v_uncond), on network times.
 
     `negative` is the embedding of the negative prompt, one (S, D) for all samples or (B, S, D). Both halves run in one

@@ -34,7 +34,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     Returns the last state. Raises ValueError for a config that does not fit its data, its teacher or the devices.
     """
     if config.log.sample_every and config.data.name != "digits":
-        raise UserError(f"log.sample_every={config.log.sample_every} needs a decoder of {config.data.name!r}: set it to 0")
+        raise UserError(
+            f"log.sample_every={config.log.sample_every} needs a decoder of {config.data.name!r}: set it to 0"
+        )
     workdir = Path(workdir)
     stages = parse_stages(config.stages)
     total = total_iterations(stages)
@@ -122,7 +124,9 @@ def negative_text(config: ConfigDict, text_shape: tuple[int, ...]) -> jax.Array:
         return jnp.asarray(text.encode([""], length=length, dim=dim)[0])
     tensors, _ = load_safetensors(path)
     if "text" not in tensors or tensors["text"].shape != text_shape:
-        raise UserError(f"teacher.negative_path={path} must hold one array `text` of shape {text_shape}, as the data has")
+        raise UserError(
+            f"teacher.negative_path={path} must hold one array `text` of shape {text_shape}, as the data has"
+        )
     return jnp.asarray(tensors["text"], jnp.float32)
 
 
@@ -130,7 +134,7 @@ class Optimizers(NamedTuple):
     """The student's optimiser and the fake score's, None if no stage has a DMD loss."""
 
     student: optax.GradientTransformation
-    critic: optax.GradientTransformation | None
+    critic: Any
 
 
 def create_optimizers(config: ConfigDict) -> Optimizers:
@@ -138,9 +142,14 @@ def create_optimizers(config: ConfigDict) -> Optimizers:
     c, stages = config.optimizer, parse_stages(config.stages)
 
     def create(learning_rate: float) -> optax.GradientTransformation:
-        decay = {"decay_from": c.decay_from, "total": c.decay_to} if c.decay_to else {}
         return create_optimizer(
-            learning_rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, warmup=c.warmup, **decay
+            learning_rate,
+            b1=c.b1,
+            b2=c.b2,
+            weight_decay=c.weight_decay,
+            warmup=c.warmup,
+            decay_from=c.decay_from,
+            decay_to=c.decay_to,
         )
 
     return Optimizers(create(c.student_lr), create(c.critic_lr) if needs(stages, "dmd") else None)
@@ -263,7 +272,7 @@ def record_samples(
     """Writes samples for the captions of the first `count` records to the run's records."""
     with records.untimed():
         first = pipeline.read(source, range(count))
-        latents = np.asarray(sample(params, first["text"], np.arange(count)))
+        latents = np.asarray(sample(params, jnp.asarray(first["text"]), jnp.arange(count)))
         for prompt, video in zip(first["prompt"], digits.latent_to_video(latents), strict=True):
             records.write_video(iteration, str(prompt), video, fps=digits.FPS, scale=8)
 

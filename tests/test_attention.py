@@ -255,7 +255,9 @@ class TestContract:
     @pytest.mark.parametrize("mode", ["reverse", "forward"])
     def test_scale(self, implementation, mode):
         q, k, v = normal(3, 2, 5, 2, 8)
-        attend = functools.partial(attention, implementation=implementation, mode=mode)
+        attend = jax.jit(
+            functools.partial(attention, implementation=implementation, mode=mode), static_argnames="scale"
+        )
         np.testing.assert_allclose(
             attend(q, k, v, scale=0.7), attend(0.7 * math.sqrt(8) * q, k, v), rtol=1e-5, atol=1e-6
         )
@@ -269,10 +271,21 @@ class TestContract:
             merged = dict(enumerate(operands)) | dict(zip(moving, x, strict=True))
             return attend(*merged.values())
 
-        _, actual = jax.jvp(of_moving, [operands[i] for i in moving], [tangents[i] for i in moving])
-        padded = [t if i in moving else jnp.zeros_like(t) for i, t in enumerate(tangents)]
-        _, expected = jax.jvp(softmax_attention, tuple(operands), tuple(padded))
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), actual, expected)
+        @jax.jit
+        def actual_and_expected():
+            padded = tuple(t if i in moving else jnp.zeros_like(t) for i, t in enumerate(tangents))
+            actual = jax.jvp(of_moving, [operands[i] for i in moving], [tangents[i] for i in moving])
+            return actual, jax.jvp(softmax_attention, tuple(operands), padded)
+
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *actual_and_expected())
+
+    def test_tangents_may_exceed_the_range_of_float16(self, implementation):
+        """Two keys of equal weight whose logits have tangents of 80,000 and -80,000; t_out is 8,000."""
+        q, tq = jnp.zeros((1, 1, 1, 16), jnp.float16), jnp.full((1, 1, 1, 16), 2e4, jnp.float16)
+        k = jnp.array([1, -1], jnp.float16)[None, :, None, None] * jnp.ones((1, 1, 1, 16), jnp.float16)
+        attend = functools.partial(attention, implementation=implementation, mode="forward")
+        _, t_out = jax.jvp(lambda q: attend(q, k, k / 10), (q,), (tq,))
+        np.testing.assert_allclose(t_out, np.full_like(t_out, 8000), rtol=2e-3)
 
     @pytest.mark.parametrize("composition", COMPOSITIONS)
     def test_composition(self, implementation, composition):
@@ -321,7 +334,9 @@ class TestContract:
 
         def pull_back(keys):
             given = functools.partial(attention_given, implementation=implementation)
-            return jax.vjp(lambda *x: given(*x, out, lse), q, k[:, keys], v[:, keys])[1](cotangent)
+            return jax.jit(lambda *x: jax.vjp(lambda *x: given(*x, out, lse), *x)[1](cotangent))(
+                q, k[:, keys], v[:, keys]
+            )
 
         (dq_a, *dkv_a), (dq_b, *dkv_b) = pull_back(slice(0, 30)), pull_back(slice(30, None))
         actual = dq_a + dq_b, *(jnp.concatenate(parts, 1) for parts in zip(dkv_a, dkv_b, strict=True))
@@ -442,6 +457,7 @@ class TestWrongDerivatives:
             jax.jit(functools.partial(grad, f))(normal(4, 6, 2, 8))
 
     def test_grad_of_tangent(self, composition):
+        """Only values tell: transposing a scan makes zeros of cotangents that nobody sends."""
         f = COMPOSITIONS[composition](functools.partial(layer, mode="forward"))
         assert np.isnan(jax.jit(functools.partial(grad_of_tangent, f))(normal(4, 6, 2, 8))).all()
 
@@ -449,7 +465,7 @@ class TestWrongDerivatives:
         f = COMPOSITIONS[composition](functools.partial(layer, mode="forward"))
         x = normal(4, 6, 2, 8)
         with pytest.raises(TypeError, match=r"differentiate the primal output of jax.jvp only"):
-            jax.grad(lambda tx: jnp.sum(jax.jvp(f, (x,), (tx,))[1]))(x)
+            jax.jit(jax.grad(lambda tx: jnp.sum(jax.jvp(f, (x,), (tx,))[1])))(x)
 
 
 class TestArguments:

@@ -80,7 +80,12 @@ def test_wan21_t2v_value_and_tangent(golden):
     def forward(x, time):
         return net.apply(params, x, time, jnp.asarray(tensors["text"]), mode="forward")
 
-    x, time, tx, tt = video(tensors["x"]), jnp.asarray(tensors["t"][:, 0]), video(tensors["tx"]), jnp.asarray(tensors["tt"][:, 0])
+    x, time, tx, tt = (
+        video(tensors["x"]),
+        jnp.asarray(tensors["t"][:, 0]),
+        video(tensors["tx"]),
+        jnp.asarray(tensors["tt"][:, 0]),
+    )
     out, tangent = jax.jit(lambda *a: jax.jvp(forward, a[:2], a[2:]))(x, time, tx, tt)
     assert_close(out, video(tensors["out"]), 1e-5)
     assert_close(tangent, video(tensors["tangent"]), 1e-5)

@@ -1,5 +1,7 @@
 """The samplers where the answer is known: data N(0, STD^2), whose velocity and flow have closed forms."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +89,7 @@ def test_one_step_is_the_data_estimate(kind):
 def test_sde_renoises_the_data_estimate_with_fresh_noise():
     times = few_times(4)
     x = times[0] * noise(0)
-    for step, (s, s_next) in enumerate(zip(times[:-1], times[1:], strict=True), start=1):
+    for step, (s, s_next) in enumerate(itertools.pairwise(times), start=1):
         x0 = (1 - s) * STD**2 / variance(s) * x
         x = (1 - s_next) * x0 + s_next * noise(step)
     assert s_next == 0
@@ -97,7 +99,7 @@ def test_sde_renoises_the_data_estimate_with_fresh_noise():
 def test_ode_follows_the_velocity():
     times = few_times(4)
     x = times[0] * noise(0)
-    for s, s_next in zip(times[:-1], times[1:], strict=True):
+    for s, s_next in itertools.pairwise(times):
         x = x * (1 - (s - s_next) * (s - (1 - s) * STD**2) / variance(s))
     np.testing.assert_allclose(sampling.few_step(gaussian, SEEDS, SHAPE, times, kind="ode"), x, rtol=1e-4, atol=1e-6)
 
@@ -146,5 +148,5 @@ def test_a_sample_depends_on_its_own_seed_alone(kind):
 
 
 def test_an_unknown_kind_is_an_error():
-    with pytest.raises(ValueError, match="kind='heun' must be 'sde' .* or 'ode'"):
+    with pytest.raises(ValueError, match=r"kind='heun' must be 'sde' .* or 'ode'"):
         sampling.few_step.__wrapped__(gaussian, SEEDS, SHAPE, [1.0, 0.0], kind="heun")

@@ -31,7 +31,7 @@ def wan_tensors(
 ) -> dict[str, np.ndarray]:
     """The parameters by Wan's names, in Wan's layout, as numpy arrays of the dtype they have."""
     tensors = {}
-    for path, value in traverse_util.flatten_dict(params, sep=".").items():
+    for path, value in _flat(params).items():
         stacked = np.asarray(jax.device_get(value))
         stacked = stacked if _is_stacked(path) else stacked[None]
         for name, array in zip(_wan_names(path, len(stacked)), stacked, strict=True):
@@ -50,7 +50,7 @@ def params_from_wan(
     Raises ValueError that lists every missing, unexpected or wrong-shaped tensor of `source` by name.
     """
     faults, values, expected = [], {}, set()
-    for path, leaf in traverse_util.flatten_dict(abstract_params, sep=".").items():
+    for path, leaf in _flat(abstract_params).items():
         layers, shape = (leaf.shape[0], leaf.shape[1:]) if _is_stacked(path) else (1, leaf.shape)
         arrays = []
         for name in _wan_names(path, layers):
@@ -68,6 +68,10 @@ def params_from_wan(
     if faults:
         raise ValueError(f"{source} does not fit the network, nothing was loaded: " + "; ".join(faults))
     return traverse_util.unflatten_dict(values, sep=".")
+
+
+def _flat(params: dict[str, Any]) -> dict[str, Any]:
+    return dict(traverse_util.flatten_dict(params, sep="."))
 
 
 def _is_stacked(path: str) -> bool:

@@ -128,7 +128,7 @@ def read(source: Source, indices: Sequence[int] | Int[np.ndarray, "b"]) -> Batch
 
 
 class InMemory(Sequence):
-    """All records of a source, decoded once: for data sets that fit in memory, whose decoding would hold up the steps."""
+    """All records of a source, decoded once: for small data whose decoding would hold up the steps."""
 
     def __init__(self, source: Source):
         """Reads every record. Raises UserError for one that is not like the first."""

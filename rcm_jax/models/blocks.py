@@ -55,7 +55,9 @@ def run_blocks(
         return _forward_mode(block)(params, x_BLD, modulation_B6D, text_BSD)
     if mode == "reverse":
         return _scan_blocks(block, params, x_BLD, modulation_B6D, text_BSD, remat)
-    raise ValueError(f"{mode=} must be 'reverse' (values and gradients) or 'forward' (jax.jvp and gradients through it)")
+    raise ValueError(
+        f"{mode=} must be 'reverse' (values and gradients) or 'forward' (jax.jvp and gradients through it)"
+    )
 
 
 def _scan_blocks(block, params, x, modulation, text, remat):

@@ -37,7 +37,9 @@ class WanConfig:
 
     def __post_init__(self):
         if self.dim % (2 * self.heads):
-            raise ValueError(f"dim={self.dim} must be a multiple of 2 * heads={2 * self.heads}: rotary pairs fill a head")
+            raise ValueError(
+                f"dim={self.dim} must be a multiple of 2 * heads={2 * self.heads}: rotary pairs fill a head"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -50,7 +52,15 @@ class WanConfig:
 
 PRESETS = {
     "digits": WanConfig(
-        dim=128, ffn_dim=512, heads=4, layers=4, patch=(2, 4, 4), in_channels=1, out_channels=1, text_dim=32, text_length=8
+        dim=128,
+        ffn_dim=512,
+        heads=4,
+        layers=4,
+        patch=(2, 4, 4),
+        in_channels=1,
+        out_channels=1,
+        text_dim=32,
+        text_length=8,
     ),
     "wan2.1-t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, heads=12, layers=30),
     "wan2.1-t2v-14b": WanConfig(dim=5120, ffn_dim=13824, heads=40, layers=40),
@@ -63,7 +73,9 @@ class Wan(nnx.Module):
     def __init__(self, config: WanConfig, *, dtype: Any = jnp.float32, remat: Remat = "none", rngs: nnx.Rngs):
         c = config
         patch_channels = math.prod(c.patch)
-        self.config, self.dtype, self.remat = config, dtype, remat
+        self.config = config
+        self.dtype = dtype
+        self.remat: Remat = remat
         self.patch_embedding = _linear(c.in_channels * patch_channels, c.dim, dtype, rngs)
         self.text_embedding = MLP(c.text_dim, c.dim, c.dim, dtype, rngs)
         self.time_embedding = TimeEmbedding(c.time_dim, c.dim, rngs)
@@ -91,9 +103,7 @@ class Wan(nnx.Module):
         kt, kh, kw = self.config.patch
         t, h, w = (n // k for n, k in zip(x_BTHWC.shape[1:4], self.config.patch, strict=True))
 
-        patches = rearrange(
-            x_BTHWC, "b (t kt) (h kh) (w kw) c -> b (t h w) (c kt kh kw)", kt=kt, kh=kh, kw=kw
-        )
+        patches = rearrange(x_BTHWC, "b (t kt) (h kh) (w kw) c -> b (t h w) (c kt kh kw)", kt=kt, kh=kh, kw=kw)
         x_BLD = self.patch_embedding(patches)
         time_BD = self.time_embedding(time_B)
         modulation_B6D = rearrange(self.time_projection(jax.nn.silu(time_BD)), "b (n d) -> b n d", n=6)
@@ -219,7 +229,7 @@ Rotary = tuple[jax.Array, jax.Array]
 
 
 def rotary_table(grid_THW: tuple[int, int, int], head_dim: int) -> Rotary:
-    """cos and sin, each (L, head_dim / 2) float32, of the 3-D rotary embedding: a third of a head per axis, time first."""
+    """cos and sin, each (L, head_dim / 2) float32, of the 3-D rotary embedding: a third of a head per axis."""
     space = head_dim // 6 * 2
     widths = (head_dim - 2 * space, space, space)
     positions = jnp.meshgrid(*map(jnp.arange, grid_THW), indexing="ij")
@@ -262,6 +272,8 @@ def _stack_blocks(config: WanConfig, dtype: Any, rngs: nnx.Rngs) -> Block:
 def _check_latent(shape: tuple[int, ...], config: WanConfig) -> None:
     *_, t, h, w, channels = shape
     if channels != config.in_channels:
-        raise ValueError(f"latent has {channels} channels, the network takes {config.in_channels}: check the model preset")
+        raise ValueError(
+            f"latent has {channels} channels, the network takes {config.in_channels}: check the model preset"
+        )
     if any(n % k for n, k in zip((t, h, w), config.patch, strict=True)):
         raise ValueError(f"latent of {(t, h, w)} frames, rows, columns must divide into patches of {config.patch}")
