@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where the runs are kept")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
     parser.add_argument("--per_caption", type=int, default=8, metavar="N", help="videos of each of the 80 captions")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which to run")
     arguments = parser.parse_args()
     keep_compilations()
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}}
@@ -45,10 +46,10 @@ def main() -> None:
         results["real"] = evaluation.real_floor(judge, "data", 80 * arguments.per_caption)
         results["teacher"] = _score_teacher(judge, arguments.per_caption)
     for seed in range(arguments.seeds):
-        for method, name in METHODS.items():
+        for method in arguments.methods:
             run = f"{method}, seed {seed}"
             if run not in results["runs"]:
-                results["runs"][run] = _train_and_score(judge, name, seed, arguments)
+                results["runs"][run] = _train_and_score(judge, METHODS[method], seed, arguments)
                 media.write_file(arguments.out, media.json_text(results, indent=1).encode())
     print(table(results))
 

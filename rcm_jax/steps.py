@@ -67,7 +67,10 @@ def student_step(
         text = batch["text"]
         student = conditioned(apply, params, text)
         frozen = conditioned(apply, lax.stop_gradient(params), text)
-        teacher = trig_velocity(guided(apply, state.teacher, text, negative_text, recipe.guidance))
+
+        def teacher(x: jax.Array, t_B: jax.Array) -> jax.Array:
+            return trig_velocity(guided(apply, state.teacher, text, negative_text, recipe.guidance))(x, t_B)
+
         parts = {}
         if "flow_matching" in loss_names:
             dropped = jnp.where((draws["u"] < recipe.caption_dropout)[:, None, None], negative_text[None], text)
@@ -238,7 +241,7 @@ def _update(
 
     An update with any non-finite gradient changes nothing: neither parameters nor optimiser.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     sound = jnp.isfinite(norm)
     updates, new_opt_state = optimizer.update(grads, opt_state, params)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)  # noqa: E731

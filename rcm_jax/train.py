@@ -1,5 +1,6 @@
 """The story of a run, from its config to its last checkpoint."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,15 +57,17 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     network = create_network(config)
     optimizers = create_optimizers(config)
-    state = init_state(config, network, optimizers, mesh)
+    abstract = abstract_state(config, network, optimizers, mesh)
     negative = negative_text(config, text_shape)
-    take_step = compile_steps(config, network, optimizers, latent_shape, negative, jax.tree.map(_sharding, state))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    take_step = compile_steps(config, network, optimizers, latent_shape, negative, shardings)
 
     write_run_info(workdir, config.to_dict(), process_index=jax.process_index())
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, every=config.checkpoint.every)
-    start = 0
-    if checkpoints.latest() is not None:
-        start, state = checkpoints.restore(state, batches)
+    if checkpoints.latest() is None:
+        start, state = 0, init_state(config, network, optimizers, mesh)
+    else:
+        start, state = checkpoints.restore(abstract, batches)
     records = RunRecords(
         workdir,
         total=total,
@@ -163,6 +166,15 @@ def create_initial_state(
     return create_state(student, teacher, *optimizers)
 
 
+def abstract_state(config: ConfigDict, network: Network, optimizers: Optimizers, mesh: Mesh) -> TrainState:
+    """Shape, dtype and sharding of every leaf of the run's state; allocates nothing."""
+    teacher = None if needs(parse_stages(config.stages), "flow_matching") else network.abstract_params()
+    init = functools.partial(create_initial_state, config, network, optimizers)
+    shapes = jax.eval_shape(init, teacher)
+    place = sharding.tree_shardings(shapes, mesh)
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, place)
+
+
 def init_state(config: ConfigDict, network: Network, optimizers: Optimizers, mesh: Mesh) -> TrainState:
     """Iteration 0 on the mesh. Raises UserError if the run distils and names no teacher."""
     teacher = None
@@ -170,12 +182,9 @@ def init_state(config: ConfigDict, network: Network, optimizers: Optimizers, mes
         if not config.teacher.path:
             raise UserError("teacher.path is empty: give the safetensors file of the model to distil")
         teacher = load_params(config.teacher.path, network)
-
-    def init(teacher: Params | None) -> TrainState:
-        return create_initial_state(config, network, optimizers, teacher)
-
-    shardings = sharding.tree_shardings(jax.eval_shape(init, teacher), mesh)
-    return jax.jit(init, out_shardings=shardings)(teacher)
+    abstract = abstract_state(config, network, optimizers, mesh)
+    init = functools.partial(create_initial_state, config, network, optimizers)
+    return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(teacher)
 
 
 def make_recipe(config: ConfigDict, latent_shape: tuple[int, ...]) -> Recipe:
@@ -259,7 +268,7 @@ def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {name: jax.make_array_from_process_local_data(place, batch[name]) for name in ("latent", "text")}
 
 
-def window_means(window: list[Metrics]) -> dict[str, float]:
+def window_means(window: list[dict[str, Any]]) -> dict[str, float]:
     """Mean of each metric over the iterations that have it; a running count keeps its last value."""
     names = dict.fromkeys(name for metrics in window for name in metrics)
     values = {name: [float(metrics[name]) for metrics in window if name in metrics] for name in names}
@@ -283,7 +292,3 @@ def export(config: ConfigDict, state: TrainState, workdir: Path) -> None:
     for name, params in (("student", state.student), ("ema", state.ema)):
         tensors = wan_tensors(params, PRESETS[config.model.preset])
         export_safetensors(workdir / f"{name}.safetensors", tensors, metadata | {"parameters": name})
-
-
-def _sharding(leaf: jax.Array) -> Any:
-    return leaf.sharding

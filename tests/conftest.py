@@ -10,6 +10,9 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# XLA sizes its thread pool by this. With fewer threads than collectives that run at once on the eight devices, they wait
+# for each other until XLA aborts the process.
+os.environ.setdefault("NPROC", "64")
 
 import jax
 import numpy as np
@@ -19,6 +22,7 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")  # a GPU would multiply float32 as TF32
 install_import_hook(["rcm_jax", "pallas_kernels"], "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -148,10 +148,10 @@ def computed(implementation: str, case: Case) -> dict[str, dict[str, jax.Array]]
 
 
 def assert_matches(implementation: str, case: Case, mode: str, *names: str) -> None:
-    operands = draw(case)
+    arguments = draw(case)
     for name in names:
         actual = computed(implementation, case)[mode][name]
-        assert actual.dtype == operands["dlse" if name in ("lse", "t_lse") else "q"].dtype, name
+        assert actual.dtype == arguments["dlse" if name in ("lse", "t_lse") else "q"].dtype, name
         np.testing.assert_allclose(
             np.asarray(actual, np.float64), expected(case)[name], rtol=0, atol=tolerances(case)[name], err_msg=name
         )
@@ -208,6 +208,9 @@ COMPOSITIONS = {
     "jit": jax.jit,
     "scan": twice,
     "checkpoint": jax.checkpoint,
+    "projection kept by checkpoint": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
     "checkpoint in scan": lambda f: twice(jax.checkpoint(f)),
     "attention kept by checkpoint in scan": lambda f: twice(keep_attention(f)),
     "vmap": over_batch,
@@ -216,8 +219,13 @@ COMPOSITIONS = {
 }
 
 
+def operands(x):
+    return x @ (jnp.eye(8) - 0.25), 2 * x, x
+
+
 def layer(x, mode, implementation="auto"):
-    return attention(x, 2 * x, jnp.sin(x), mode=mode, implementation=implementation)
+    """Linear before attention and not linear after it, so that its gradient needs what attention returned."""
+    return jnp.sin(attention(*operands(x), mode=mode, implementation=implementation))
 
 
 def grad(f, x):
@@ -264,18 +272,18 @@ class TestContract:
 
     @pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1), (1, 2)])
     def test_operands_without_tangent(self, implementation, moving):
-        operands, tangents = normal(3, 2, 70, 2, 8), normal(3, 2, 70, 2, 8, seed=1)
+        primals, tangents = normal(3, 2, 70, 2, 8), normal(3, 2, 70, 2, 8, seed=1)
         attend = functools.partial(attention, implementation=implementation, mode="forward", return_lse=True)
 
         def of_moving(*x):
-            merged = dict(enumerate(operands)) | dict(zip(moving, x, strict=True))
+            merged = dict(enumerate(primals)) | dict(zip(moving, x, strict=True))
             return attend(*merged.values())
 
         @jax.jit
         def actual_and_expected():
             padded = tuple(t if i in moving else jnp.zeros_like(t) for i, t in enumerate(tangents))
-            actual = jax.jvp(of_moving, [operands[i] for i in moving], [tangents[i] for i in moving])
-            return actual, jax.jvp(softmax_attention, tuple(operands), padded)
+            actual = jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+            return actual, jax.jvp(softmax_attention, tuple(primals), padded)
 
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *actual_and_expected())
 
@@ -297,8 +305,8 @@ class TestContract:
         )
 
         def plain(x):
-            once = softmax_attention(x, 2 * x, jnp.sin(x))[0]
-            return softmax_attention(once, 2 * once, jnp.sin(once))[0] if "scan" in composition else once
+            once = jnp.sin(softmax_attention(*operands(x))[0])
+            return jnp.sin(softmax_attention(*operands(once))[0]) if "scan" in composition else once
 
         @jax.jit
         def actual(x):
@@ -360,8 +368,10 @@ class TestContract:
     def test_kept_outputs_spare_the_second_forward_pass(self, implementation):
         """jax.checkpoint with a policy that keeps "attention_out" and "attention_lse", in a scan over layers."""
         x = normal(1, 8, 1, 8)
+        attend = functools.partial(attention, implementation=implementation)
         reverse, forward = (
-            functools.partial(layer, mode=mode, implementation=implementation) for mode in ("reverse", "forward")
+            lambda x: attend(x, 2 * x, jnp.sin(x)),
+            lambda x: attend(x, 2 * x, jnp.sin(x), mode="forward"),
         )
 
         def pull_back(x):
@@ -429,9 +439,9 @@ class TestPortable:
     @pytest.mark.parametrize(("mode", "derivatives"), [("reverse", ["rev"]), ("forward", ["fwd"])])
     def test_finite_differences(self, mode, derivatives):
         with jax.enable_x64(True), mock.patch.object(portable, "BLOCK", 8):
-            operands = tuple(np.random.default_rng(0).normal(size=(3, 1, 19, 2, 4)))
+            primals = tuple(np.random.default_rng(0).normal(size=(3, 1, 19, 2, 4)))
             attend = jax.jit(functools.partial(attention, implementation="portable", mode=mode, return_lse=True))
-            check_grads(attend, operands, order=1, modes=derivatives)
+            check_grads(attend, primals, order=1, modes=derivatives)
 
     def test_tangent_where_one_key_has_all_the_weight(self):
         """t_out is then tv of that key. Its large logit tangent cancels: bfloat16 must not see it."""
@@ -469,10 +479,10 @@ class TestWrongDerivatives:
 
 
 class TestArguments:
-    def operands(self, **changes):
+    def arguments(self, **changes):
         shape = (2, 5, 3, 8)
-        operands = {name: jnp.zeros(shape) for name in ("q", "k", "v", "out")} | {"lse": jnp.zeros((2, 3, 5))}
-        return (operands | changes).values()
+        arrays = {name: jnp.zeros(shape) for name in ("q", "k", "v", "out")} | {"lse": jnp.zeros((2, 3, 5))}
+        return (arrays | changes).values()
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -494,8 +504,8 @@ class TestArguments:
     )
     def test_operands(self, changes, message):
         with pytest.raises(ValueError, match=message):
-            attention_given(*self.operands(**changes))
-        q, k, v, *_ = self.operands(**changes)
+            attention_given(*self.arguments(**changes))
+        q, k, v, *_ = self.arguments(**changes)
         with pytest.raises(ValueError, match=message):
             attention(q, k, v)
 
@@ -510,10 +520,10 @@ class TestArguments:
     )
     def test_given_results(self, changes, message):
         with pytest.raises(ValueError, match=message):
-            attention_given(*self.operands(**changes))
+            attention_given(*self.arguments(**changes))
 
     def test_names(self):
-        q, k, v, *_ = self.operands()
+        q, k, v, *_ = self.arguments()
         with pytest.raises(ValueError, match=r'implementation=\'triton\' must be "auto", "portable" or "reference"'):
             attention(q, k, v, implementation="triton")
         with pytest.raises(ValueError, match=r'mode=\'both\' must be "reverse" or "forward"'):

@@ -8,7 +8,6 @@ is some 300 round-offs: an error in any formula is larger by orders of magnitude
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from rcm_jax import losses
 from rcm_jax.convert.wan import params_from_wan, wan_tensors
@@ -21,12 +20,6 @@ TOLERANCE = 2e-5
 # The official code feeds its nets a float64 time; 1000 s rounded to float32 is off by up to 3e-5, and the highest
 # frequency of the time embedding turns that into a relative error of the same size in a time derivative.
 TANGENT_TOLERANCE = 1e-4
-
-
-@pytest.fixture(autouse=True)
-def exact_matmuls():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def video(array):

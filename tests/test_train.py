@@ -1,0 +1,202 @@
+"""Whole runs on a few moving digits: what they write, and that a run broken off and resumed is the run undisturbed."""
+
+import functools
+import json
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits_rcm
+from rcm_jax import train as training
+from rcm_jax.checkpoint import export_safetensors, load_safetensors
+from rcm_jax.config import UserError, validate
+from rcm_jax.convert.wan import wan_tensors
+from rcm_jax.data import digits
+from rcm_jax.models.wan import PRESETS, WanConfig
+from rcm_jax.train import create_network, load_params, train
+
+TINY = WanConfig(
+    dim=48, ffn_dim=96, heads=2, layers=2, patch=(4, 8, 8), in_channels=1, out_channels=1, text_dim=32, text_length=8
+)
+TOTAL = 6
+# The rCM run has every kind of update: sCM alone, then student and critic in turn.
+RUNS = {"flow_matching": f"flow_matching:{TOTAL}", "rcm": f"rcm:{TOTAL}"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Holds 64 videos and a teacher of a tiny network, which is a preset while this module runs."""
+    folder = tmp_path_factory.mktemp("train")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", TINY)
+        patch.setattr(digits, "build", functools.partial(digits.build, limit=2))
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is nearly all that these runs do
+        params = create_network(configure(folder, "rcm")).init(jax.random.key(1))
+        export_safetensors(folder / "teacher.safetensors", wan_tensors(params, TINY), {})
+        yield folder
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def configure(folder, run):
+    config = digits_rcm.get_config()
+    config.stages = RUNS.get(run, run)
+    config.model.preset = "tiny"
+    config.teacher.path = str(folder / "teacher.safetensors")
+    config.data.update({"dir": str(folder / "data"), "batch_size": 8})
+    config.loss.update({"tangent_warmup": 1, "simulation_steps": 2})
+    config.optimizer.warmup = 2
+    config.mesh.fsdp = 2
+    config.checkpoint.every = 3
+    config.log.update({"every": 1, "sample_every": 0})
+    validate(config)
+    return config
+
+
+def run(folder, name, workdir, *, stop_at=None):
+    """Trains; with `stop_at`, breaks off before that iteration, once the last checkpoint is complete."""
+    iterations, phase_at = [], training.phase_at
+
+    def phase(stages, iteration, **settings):
+        if iteration == stop_at:
+            deadline = time.monotonic() + 60
+            while not (workdir / "checkpoints" / "3").exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            raise KeyboardInterrupt
+        iterations.append(iteration)
+        return phase_at(stages, iteration, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "phase_at", phase)
+        state = train(configure(folder, name), workdir)
+    return state, iterations
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def undisturbed(request, folder):
+    """(name, work directory, last state) of a run from beginning to end."""
+    workdir = folder / f"{request.param}_undisturbed"
+    state, iterations = run(folder, request.param, workdir)
+    assert iterations == list(range(TOTAL))
+    return request.param, workdir, jax.device_get(state)
+
+
+def read_log(workdir):
+    """The records of metrics.jsonl without what the clock says."""
+    clock = ("time", "seconds_per_step", "tokens_per_second")
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in clock} for record in records]
+
+
+def test_a_resumed_run_is_the_undisturbed_run_bit_by_bit(undisturbed, folder):
+    """Broken off after five iterations, resumed from the checkpoint at three: two are run, and logged, again."""
+    name, workdir, state = undisturbed
+    broken = folder / f"{name}_broken"
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, name, broken, stop_at=5)
+    assert [record["iteration"] for record in read_log(broken)] == [1, 2, 3, 4, 5]
+    resumed, iterations = run(folder, name, broken)
+    assert iterations == [3, 4, 5]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), state)
+    assert read_log(broken) == read_log(workdir)
+    for exported in ("student.safetensors", "ema.safetensors"):
+        assert (broken / exported).read_bytes() == (workdir / exported).read_bytes()
+
+
+def test_every_update_is_logged_with_finite_metrics(undisturbed):
+    name, workdir, state = undisturbed
+    records = read_log(workdir)
+    assert [record["iteration"] for record in records] == list(range(1, TOTAL + 1))
+    assert all(np.isfinite(list(record.values())).all() for record in records)
+    assert {record["skipped"] for record in records} == {0.0}
+    losses = [sorted(key.removeprefix("loss_") for key in record if key.startswith("loss_")) for record in records]
+    both, critic = ["dmd", "scm"], ["critic"]
+    expected = {"flow_matching": [["flow_matching"]] * TOTAL, "rcm": [["scm"], both, critic, both, critic, both]}
+    assert losses == expected[name]
+    counters = (state.iteration, state.student_updates, state.critic_updates)
+    assert counters == {"flow_matching": (6, 6, 0), "rcm": (6, 4, 2)}[name]
+    assert json.loads((workdir / "run.json").read_text())["config"]["stages"] == RUNS[name]
+
+
+def test_the_exported_weights_are_the_states(undisturbed, folder):
+    name, workdir, state = undisturbed
+    network = create_network(configure(folder, name))
+    for parameters in ("student", "ema"):
+        path = workdir / f"{parameters}.safetensors"
+        jax.tree.map(np.testing.assert_array_equal, load_params(path, network), getattr(state, parameters))
+        _, metadata = load_safetensors(path)
+        assert metadata == {"model": "tiny", "stages": RUNS[name], "iteration": "6", "parameters": parameters}
+    assert (workdir / "student.safetensors").read_bytes() != (workdir / "ema.safetensors").read_bytes()
+
+
+def test_a_distilled_student_starts_from_its_teacher_and_leaves_it_alone(undisturbed, folder):
+    name, _, state = undisturbed
+    if name == "flow_matching":
+        assert state.teacher is None
+        return
+    teacher = load_params(folder / "teacher.safetensors", create_network(configure(folder, name)))
+    jax.tree.map(np.testing.assert_array_equal, state.teacher, teacher)
+    distance = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.student, teacher)
+    assert 0 < max(jax.tree.leaves(distance)) < 1e-2  # six steps of at most 2e-4
+
+
+def test_a_finished_run_starts_no_iteration_again(undisturbed, folder):
+    name, workdir, state = undisturbed
+    log = (workdir / "metrics.jsonl").read_bytes()
+    again, iterations = run(folder, name, workdir)
+    assert iterations == []
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), state)
+    assert (workdir / "metrics.jsonl").read_bytes() == log
+
+
+def test_samples_are_recorded_as_videos_of_their_captions(folder):
+    workdir, config = folder / "samples", configure(folder, "flow_matching:1")
+    config.log.update({"sample_every": 1, "samples": 2})
+    train(config, workdir)
+    events = b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
+    assert events.count(b"GIF89a") == 2
+    assert b"moving" in events
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "message"),
+    [
+        ("rcm", {"teacher.path": ""}, r"teacher\.path is empty: give the safetensors file of the model to distil"),
+        ("rcm", {"model.preset": "wan3"}, r"model\.preset='wan3' must be one of digits, "),
+        ("flow_matching", {"log.sample_every": 1, "data.name": "wan"}, r"log\.sample_every=1 needs a decoder of 'wan'"),
+        ("flow_matching", {"mesh.fsdp": 3}, r"fsdp=3 does not cover 8 devices: set mesh\.data=-1"),
+        ("rcm", {"teacher.path": "absent.safetensors"}, r"absent\.safetensors is not a file"),
+        ("flow_matching", {"teacher.negative_path": "absent.safetensors"}, r"absent\.safetensors is not a file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(run, changes, message, folder, tmp_path):
+    config = configure(folder, run)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_negative_prompt_of_another_shape_is_an_error(folder, tmp_path):
+    config = configure(folder, "rcm")
+    config.teacher.negative_path = str(tmp_path / "negative.safetensors")
+    export_safetensors(config.teacher.negative_path, {"text": np.ones((4, 32), np.float32)}, {})
+    with pytest.raises(UserError, match=r"must hold one array `text` of shape \(8, 32\)"):
+        training.negative_text(config, (8, 32))
+    found = training.negative_text(config, (4, 32))
+    np.testing.assert_array_equal(found, np.ones((4, 32)))
+
+
+def test_the_weight_of_scm_follows_from_the_size_of_a_latent(folder):
+    """100 at the official 16 x 21 x 60 x 104; at a quarter of the elements, half as much."""
+    config = configure(folder, "rcm")
+    assert training.make_recipe(config, (21, 60, 104, 16)).scm_weight == pytest.approx(100.0)
+    assert training.make_recipe(config, (21, 30, 52, 16)).scm_weight == pytest.approx(50.0)
+    config.loss.scm_weight = 3.0
+    assert training.make_recipe(config, (21, 60, 104, 16)).scm_weight == 3.0
+
+
+def test_a_window_averages_what_it_has():
+    window = [{"loss": 1.0, "skipped": 0}, {"loss_critic": 4.0, "skipped": 1}, {"loss": 2.0, "skipped": 1}]
+    assert training.window_means(window) == {"loss": 1.5, "loss_critic": 4.0, "skipped": 1.0}
