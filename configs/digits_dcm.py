@@ -1,6 +1,8 @@
 """dCM alone on moving digits: the consistency loss between neighbours of a grid of 48 times.
 
 python -m launch.train --config=configs/digits_dcm.py --workdir=runs/digits_dcm
+
+About three minutes on two CPU cores. Its result has not been measured.
 """
 
 from ml_collections import ConfigDict

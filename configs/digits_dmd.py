@@ -3,6 +3,9 @@
     python -m launch.train --config=configs/digits_dmd.py --workdir=runs/digits_dmd
 
 Fixed simulation times, as DMD2 has them: --config.loss.simulation_times=1.3,1.0,0.6
+
+About five minutes on two CPU cores. The most accurate of the three methods and the least diverse: see the table in the
+README.
 """
 
 from ml_collections import ConfigDict

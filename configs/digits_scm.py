@@ -1,6 +1,9 @@
 """sCM alone on moving digits: the forward-divergence half of rCM, no fake score.
 
 python -m launch.train --config=configs/digits_scm.py --workdir=runs/digits_scm
+
+About three minutes on two CPU cores. Diverse, and close to real videos in Fréchet distance, but the least accurate of
+the three methods at every number of steps: see the table in the README.
 """
 
 from ml_collections import ConfigDict

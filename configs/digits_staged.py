@@ -1,6 +1,8 @@
 """Stages on moving digits: dCM, then sCM, then rCM, for models on which the joint loss is unstable from the start.
 
 python -m launch.train --config=configs/digits_staged.py --workdir=runs/digits_staged
+
+About four minutes on two CPU cores. Its result has not been measured.
 """
 
 from ml_collections import ConfigDict

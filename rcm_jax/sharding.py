@@ -10,6 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rcm_jax.config import UserError
+
+from rcm_jax.config import UserError
+
 AXES = ("data", "fsdp")
 BATCH = PartitionSpec(AXES)
 
@@ -27,7 +31,7 @@ RULES = (
 def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
     """A mesh over all devices of all processes; -1 takes the devices that are left.
 
-    Raises ValueError if the sizes do not multiply to the number of devices.
+    Raises UserError if the sizes do not multiply to the number of devices.
     """
     devices = jax.device_count()
     sizes = {"data": data, "fsdp": fsdp}
@@ -35,7 +39,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
         known = -int(np.prod(list(sizes.values())))
         sizes = {axis: devices // max(known, 1) if size == -1 else size for axis, size in sizes.items()}
     if int(np.prod(list(sizes.values()))) != devices or min(sizes.values()) < 1:
-        raise ValueError(f"mesh of data={data}, fsdp={fsdp} does not cover {devices} devices: set mesh.data=-1")
+        raise UserError(f"mesh of data={data}, fsdp={fsdp} does not cover {devices} devices: set mesh.data=-1")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -52,7 +56,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     """The sharding of every leaf of a pytree whose leaves are scalars or lie at a path that ends in a parameter's.
 
-    Raises ValueError for a leaf that no rule, or more than one, matches, or that does not divide over its axes.
+    Raises ValueError for a leaf that no rule, or more than one, matches, UserError for one that does not divide over
+    its axes.
     """
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _leaf_sharding(_dotted(path), leaf, mesh), tree)
 
@@ -66,7 +71,7 @@ def _leaf_sharding(path: str, leaf: Any, mesh: Mesh) -> NamedSharding:
     sharding = NamedSharding(mesh, matches[0])
     for size, axis in zip(leaf.shape, matches[0], strict=False):
         if axis is not None and size % mesh.shape[axis]:
-            raise ValueError(f"{path} has {size} rows, not a multiple of mesh.{axis}={mesh.shape[axis]}: lower it")
+            raise UserError(f"{path} has {size} rows, not a multiple of mesh.{axis}={mesh.shape[axis]}: lower it")
     return sharding
 
 

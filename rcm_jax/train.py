@@ -42,6 +42,11 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     stages = parse_stages(config.stages)
     total = total_iterations(stages)
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    if config.data.batch_size % mesh.size:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} must be a multiple of the {mesh.size} devices: set it to "
+            f"{-(-config.data.batch_size // mesh.size) * mesh.size}"
+        )
 
     source = pipeline.open_source(config.data.name, config.data.dir, "train")
     if config.data.in_memory:
@@ -62,12 +67,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     take_step = compile_steps(config, network, optimizers, latent_shape, negative, shardings)
 
-    write_run_info(workdir, config.to_dict(), process_index=jax.process_index())
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, every=config.checkpoint.every)
     if checkpoints.latest() is None:
         start, state = 0, init_state(config, network, optimizers, mesh)
     else:
         start, state = checkpoints.restore(abstract, batches)
+    write_run_info(workdir, config.to_dict(), process_index=jax.process_index())
     records = RunRecords(
         workdir,
         total=total,

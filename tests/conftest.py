@@ -10,8 +10,8 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-# XLA sizes its thread pool by this. With fewer threads than collectives that run at once on the eight devices, they wait
-# for each other until XLA aborts the process.
+# XLA sizes its thread pool by this. With fewer threads than collectives that run at once on the eight devices, they
+# wait for each other until XLA aborts the process.
 os.environ.setdefault("NPROC", "64")
 
 import jax
