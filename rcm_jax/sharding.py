@@ -12,8 +12,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rcm_jax.config import UserError
 
-from rcm_jax.config import UserError
-
 AXES = ("data", "fsdp")
 BATCH = PartitionSpec(AXES)
 

@@ -1,61 +1,133 @@
-"""Every recipe loads, names its own command, and describes a run whose whole state has shapes and shardings."""
+"""The recipes in configs/: each says how it is run, keeps the rules, and describes a state that can be made."""
 
+import math
+import re
+import shlex
 from pathlib import Path
 
 import jax
 import pytest
 
 from rcm_jax import sharding
-from rcm_jax.config import load
-from rcm_jax.train import abstract_state, create_network, create_optimizers
+from rcm_jax.config import load, parse_stages
+from rcm_jax.models.wan import PRESETS
+from rcm_jax.schedule import needs, total_iterations
+from rcm_jax.train import abstract_state, create_network, create_optimizers, make_recipe
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.name != "__init__.py")
+WAN_480P = (21, 60, 104, 16)
+
+
+def read(name, overrides=()):
+    return load(CONFIGS / f"{name}.py", overrides)
+
+
+def docstring(name):
+    source = (CONFIGS / f"{name}.py").read_text()
+    return eval(compile(source, name, "exec").co_consts[0].__repr__())
+
+
+def launch_words(name):
+    """The words of the command in a recipe's docstring, as a shell splits them."""
+    (command,) = re.findall(r"python -m launch\.train [^\n]*(?:\\\n[^\n]*)*", docstring(name).replace("\\\n", " "))
+    return shlex.split(command)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_loads_and_its_docstring_holds_its_command(name):
-    load(CONFIGS / f"{name}.py")
-    assert f"python -m launch.train --config=configs/{name}.py --workdir=" in (CONFIGS / f"{name}.py").read_text()
+def test_a_recipe_holds_the_command_that_runs_it(name):
+    """With overrides that the recipe takes."""
+    words = launch_words(name)
+    assert words[3] == f"--config=configs/{name}.py"
+    assert words[4].startswith("--workdir=runs/")
+    overrides = [word.removeprefix("--config.") for word in words[5:]]
+    assert all(word.startswith("--config.") for word in words[5:])
+    read(name, overrides)
 
 
-def parameters(tree):
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def published_parameters(dim, ffn_dim, layers, text_dim=4096, time_dim=256, patch=4, channels=16):
-    """Counted from the layout of Wan's release: every weight, bias, norm and modulation."""
-    attention = 4 * (dim * dim + dim) + 2 * dim
-    block = 2 * attention + (dim * ffn_dim + ffn_dim) + (ffn_dim * dim + dim) + 2 * dim + 6 * dim
-    embeddings = (channels * patch * dim + dim) + (text_dim * dim + dim) + (dim * dim + dim)
-    time = (time_dim * dim + dim) + (dim * dim + dim) + (dim * 6 * dim + 6 * dim)
-    head = dim * patch * channels + patch * channels + 2 * dim
-    return layers * block + embeddings + time + head
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "published"),
-    [
-        ("wan2_1_t2v_1_3b", {"dim": 1536, "ffn_dim": 8960, "layers": 30}, 1.3e9),
-        ("wan2_1_t2v_14b", {"dim": 5120, "ffn_dim": 13824, "layers": 40}, 14e9),
-    ],
-)
-def test_whole_state_of_a_wan_recipe(name, shape, published):
-    config = load(CONFIGS / f"{name}.py", ["mesh.fsdp=8"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_describes_a_state_that_can_be_made(name):
+    """Shapes alone, on eight devices that share the parameters, whatever their size."""
+    config = read(name, ["mesh.fsdp=8", "mesh.data=1"])
+    stages, network = parse_stages(config.stages), create_network(config)
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    state = abstract_state(config, create_network(config), create_optimizers(config), mesh)
-    count = parameters(state.student)
-    assert count == published_parameters(**shape)
-    assert abs(count / published - 1) < 0.1
-    assert parameters(state.teacher) == parameters(state.ema) == parameters(state.fake) == count
-    # With b1 = 0 each optimiser stores the second moment alone, and a few counters.
-    assert count <= parameters(state.student_opt) <= count + 3
-    kernel = state.fake["blocks"]["ffn"]["up"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (shape["layers"], shape["dim"] // 8, shape["ffn_dim"])
+    state = abstract_state(config, network, create_optimizers(config), mesh)
+    assert jax.tree.structure(state.student) == jax.tree.structure(network.abstract_params())
+    assert (state.teacher is None) == needs(stages, "flow_matching")
+    assert (state.fake is None) == (not needs(stages, "dmd"))
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.student))
+    moments = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.student_opt) if leaf.ndim)
+    assert moments == size * (1 if config.optimizer.b1 == 0 else 2)
 
 
-def test_digits_state_is_fully_sharded():
-    config = load(CONFIGS / "digits_staged.py")
-    mesh = sharding.make_mesh(data=2, fsdp=4)
-    state = abstract_state(config, create_network(config), create_optimizers(config), mesh)
-    assert all(leaf.sharding is not None for leaf in jax.tree.leaves(state))
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_decays_within_its_run(name):
+    config = read(name)
+    if config.optimizer.decay_to:
+        assert config.optimizer.warmup <= config.optimizer.decay_from < config.optimizer.decay_to
+        assert config.optimizer.decay_to <= total_iterations(parse_stages(config.stages))
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("digits")])
+def test_a_digits_recipe_runs_without_further_files(name):
+    config = read(name)
+    assert (config.data.name, config.model.preset) == ("digits", "digits")
+    if not needs(parse_stages(config.stages), "flow_matching"):
+        assert (CONFIGS.parent / config.teacher.path).is_file()
+
+
+# Hyper-parameters of the official Wan2.1 recipes, github.com/NVlabs/rcm.
+OFFICIAL = {
+    "wan2_1_t2v_1_3b": {
+        "model.preset": "wan2.1-t2v-1.3b",
+        "data.batch_size": 256,
+        "optimizer.student_lr": 2e-6,
+        "optimizer.critic_lr": 4e-7,
+        "loss.student_update_freq": 5,
+        "loss.tangent_warmup": 1000,
+        "loss.p_G_mean": 0.7,
+        "sampling.sigma_max": 80.0,
+    },
+    "wan2_1_t2v_14b": {
+        "model.preset": "wan2.1-t2v-14b",
+        "data.batch_size": 64,
+        "optimizer.student_lr": 1e-6,
+        "optimizer.critic_lr": 1e-7,
+        "loss.student_update_freq": 10,
+        "loss.tangent_warmup": 0,
+        "loss.p_G_mean": 1.5,
+    },
+}
+SHARED = {
+    "model.dtype": "bfloat16",
+    "teacher.guidance": 5.0,
+    "optimizer.b1": 0.0,
+    "optimizer.b2": 0.999,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.decay_to": 0,
+    "loss.scm_weight": 100.0,
+    "loss.dmd_weight": 1.0,
+    "loss.simulation_steps": 4,
+    "loss.simulation_times": (),
+    "loss.p_G_std": 1.6,
+    "loss.p_D_shift": 5.0,
+    "loss.dcm_steps": 48,
+    "loss.dcm_shift": 5.0,
+    "ema.sigma_rel": 0.1,
+    "sampling.mid_times": (1.5, 1.4, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_a_wan_recipe_has_the_official_hyper_parameters(name):
+    config = read(name)
+    for key, value in (SHARED | OFFICIAL[name]).items():
+        group, _, member = key.partition(".")
+        assert config[group][member] == value, key
+    assert parse_stages(config.stages)[0].losses == {"scm", "dmd"}
+    assert total_iterations(parse_stages(config.stages)) == 10_000
+    recipe = make_recipe(config, WAN_480P)
+    assert recipe.ema_gamma == pytest.approx(6.94, abs=5e-3)
+    assert (recipe.scm_weight, recipe.accumulate) == (100.0, 1)
+    assert PRESETS[config.model.preset].tokens(WAN_480P) == 32_760
