@@ -16,7 +16,7 @@ from rcm_jax.config import Command, UserError, load
 from rcm_jax.media import json_text
 
 CONFIG = Path(__file__).parent.parent / "configs" / "digits_rcm.py"
-PER_CAPTION = 4
+PER_CAPTION = 8
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def _run(workdir: Path, config: ConfigDict) -> None:
 def _print_scores(summary: dict) -> None:
     scores = summary["scores"]
     rows = {"real videos": scores["real"], "teacher": scores["teacher"]}
-    rows |= {f"student, {steps} steps": value for steps, value in scores["student"].items()}
+    rows |= {f"student, {steps} step{'s' * (steps != '1')}": value for steps, value in scores["student"].items()}
     print(f"\n{'':18} caption accuracy  Frechet distance  recall  diversity")
     for name, row in rows.items():
         accuracy, frechet = row["caption_accuracy"], row["frechet"]

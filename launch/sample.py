@@ -37,6 +37,7 @@ def main() -> None:
 
 
 def _sample(config, arguments, prompts, seeds) -> None:
+    import jax.numpy as jnp
     import numpy as np
 
     from rcm_jax import media
@@ -47,7 +48,7 @@ def _sample(config, arguments, prompts, seeds) -> None:
     network, shape = create_network(config), (digits.FRAMES, digits.SIZE, digits.SIZE, 1)
     weights = arguments.weights or config.teacher.path
     if arguments.teacher:
-        sampler = teacher_sampler(config, network, shape, text.encode([""])[0])
+        sampler = teacher_sampler(config, network, shape, jnp.asarray(text.encode([""])[0]))
         settings = {"steps": config.sampling.teacher_steps, "guidance": config.teacher.guidance}
     else:
         sampler = student_sampler(config, network, shape, steps=arguments.steps, kind=arguments.kind)

@@ -28,7 +28,7 @@ Scores = dict[str, float]
 
 
 class Sampled(NamedTuple):
-    """uint8 videos of every caption in turn, and seconds a batch took."""
+    """uint8 videos of every caption in turn, and seconds the quickest batch took."""
 
     video_NTHWC: np.ndarray
     seconds_per_batch: float

@@ -22,7 +22,7 @@ Sampler = Callable[[Any, jax.Array, jax.Array], jax.Array]
 def student_sampler(
     config: ConfigDict, network: Network, latent_shape: tuple[int, ...], *, steps: int, kind: sampling.Kind = "sde"
 ) -> Sampler:
-    """The distilled sampler at the config's times. Raises ValueError for a number of steps they do not allow."""
+    """The distilled sampler at the config's times. Raises UserError for a number of steps they do not allow."""
     times = sampling.few_step_times(steps, sigma_max=config.sampling.sigma_max, mid_times=config.sampling.mid_times)
 
     def sample(params: Any, text_BSD: jax.Array, seeds_B: jax.Array) -> jax.Array:
@@ -46,7 +46,7 @@ def teacher_sampler(
 
 
 class Generated(NamedTuple):
-    """Latents in the order of the captions, and the seconds a batch took (compilation left out)."""
+    """Latents in the order of the captions, and the seconds the quickest batch took (compilation left out)."""
 
     latent_NTHWC: Float[np.ndarray, "n t h w c"]
     seconds_per_batch: float
@@ -73,4 +73,4 @@ def generate(
         start = time.perf_counter()
         parts.append(np.asarray(compiled(params, text_NSD[rows], seed_N[rows])))
         seconds.append(time.perf_counter() - start)
-    return Generated(np.concatenate(parts)[:count], float(np.median(seconds)))
+    return Generated(np.concatenate(parts)[:count], min(seconds))

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from rcm_jax.config import UserError
 from rcm_jax.trigflow import Velocity
 
 Kind = Literal["sde", "ode"]
@@ -26,13 +27,13 @@ MID_TIMES = (1.5, 1.4, 1.0)
 def few_step_times(steps: int, *, sigma_max: float, mid_times: Sequence[float] = MID_TIMES) -> np.ndarray:
     """The RF times s_0 > ... > s_steps = 0 of a distilled sampler, from sigma_max and TrigFlow mid times.
 
-    Raises ValueError if there are fewer mid times than steps need, or the times do not fall.
+    Raises UserError if there are fewer mid times than steps need, or the times do not fall.
     """
     if not 1 <= steps <= len(mid_times) + 1:
-        raise ValueError(f"{steps=} must lie between 1 and {len(mid_times) + 1}: give more mid_times for more steps")
+        raise UserError(f"{steps=} must lie between 1 and {len(mid_times) + 1}: give more mid_times for more steps")
     t = np.array([math.atan(sigma_max), *mid_times[: steps - 1], 0.0])
     if (np.diff(t) >= 0).any():
-        raise ValueError(f"times {t.round(4).tolist()} must fall: lower mid_times or raise sigma_max={sigma_max}")
+        raise UserError(f"times {t.round(4).tolist()} must fall: lower mid_times or raise sigma_max={sigma_max}")
     return np.sin(t) / (np.sin(t) + np.cos(t))
 
 

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from rcm_jax.config import UserError, parse_stages
 from rcm_jax.convert.wan import params_from_wan, wan_tensors
 from rcm_jax.data import digits, pipeline, text
 from rcm_jax.generation import Sampler, student_sampler
+from rcm_jax.models.blocks import Remat
 from rcm_jax.models.functional import Network, functional
 from rcm_jax.models.wan import PRESETS, Wan
 from rcm_jax.records import RunRecords, write_run_info
@@ -109,9 +110,11 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
 
 def create_network(config: ConfigDict) -> Network:
-    """The network of the config's preset, as pure functions. Raises UserError for an unknown preset."""
+    """The network of the config's preset, as pure functions. Raises UserError for an unknown preset or remat policy."""
     if config.model.preset not in PRESETS:
         raise UserError(f"model.preset={config.model.preset!r} must be one of {', '.join(PRESETS)}")
+    if config.model.remat not in get_args(Remat):
+        raise UserError(f"model.remat={config.model.remat!r} must be one of {', '.join(get_args(Remat))}")
     preset, dtype = PRESETS[config.model.preset], jnp.dtype(config.model.dtype)
     return functional(lambda rngs: Wan(preset, dtype=dtype, remat=config.model.remat, rngs=rngs))
 

@@ -1,5 +1,6 @@
 """The recipes in configs/: each says how it is run, keeps the rules, and describes a state that can be made."""
 
+import ast
 import math
 import re
 import shlex
@@ -24,8 +25,7 @@ def read(name, overrides=()):
 
 
 def docstring(name):
-    source = (CONFIGS / f"{name}.py").read_text()
-    return eval(compile(source, name, "exec").co_consts[0].__repr__())
+    return ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))
 
 
 def launch_words(name):

@@ -71,8 +71,8 @@ def test_weight_decay_shrinks_kernels_alone():
         ({"warmup": 4}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
         ({"warmup": 0}, [1] * 10),
         ({"warmup": 1}, [1] * 10),
-        ({"warmup": 2, "decay_from": 4, "total": 8}, [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0]),
-        ({"warmup": 0, "decay_from": 0, "total": 10}, np.arange(10, 0, -1) / 10),
+        ({"warmup": 2, "decay_from": 4, "decay_to": 8}, [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0]),
+        ({"warmup": 0, "decay_from": 0, "decay_to": 10}, np.arange(10, 0, -1) / 10),
     ],
 )
 def test_the_rate_warms_up_and_decays(settings, expected):

@@ -19,6 +19,10 @@ LATENT = (2, 4, 4, 3)  # 8 tokens
 ATTENTIONS = 2 * CONFIG.layers
 
 
+# These programs run for milliseconds and compile for seconds.
+fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 @functools.cache
 def build(config=CONFIG, **settings):
     return functional(lambda rngs: Wan(config, rngs=rngs, **settings))
@@ -26,7 +30,7 @@ def build(config=CONFIG, **settings):
 
 @functools.cache
 def compiled(**settings):
-    return jax.jit(build(**settings).apply, static_argnames="mode")
+    return fast_jit(build(**settings).apply, static_argnames="mode")
 
 
 def normal(seed, *shape):
@@ -83,7 +87,7 @@ def shared_gradient(params, x):
 def gradient(params):
     """The plain gradient, which every other way to get it must equal."""
     with jax.default_matmul_precision("highest"):
-        return jax.jit(reverse_gradient("none"))(params, X)
+        return fast_jit(reverse_gradient("none"))(params, X)
 
 
 def assert_close(ours, theirs, tolerance):
@@ -110,14 +114,14 @@ def plain(params):
     apply = lambda x, time: build().apply(params, x, time, TEXT)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("highest"):
         patch.setattr(wan, "run_blocks", plain_blocks)
-        return jax.jit(lambda *args: jax.jvp(apply, args[:2], args[2:]))(X, TIME, X_TANGENT, TIME_TANGENT)
+        return fast_jit(lambda *args: jax.jvp(apply, args[:2], args[2:]))(X, TIME, X_TANGENT, TIME_TANGENT)
 
 
 def test_both_modes_and_the_tangent_equal_a_plain_loop_over_the_blocks(params, plain):
     value, tangent = plain
     assert_close(compiled()(params, X, TIME, TEXT, mode="reverse"), value, 1e-6)
     assert_close(compiled()(params, X, TIME, TEXT, mode="forward"), value, 1e-6)
-    found = jax.jit(value_and_tangent)(params)
+    found = fast_jit(value_and_tangent)(params)
     assert_close(found[0], value, 1e-6)
     assert_close(found[1], tangent, 3e-6)
 
@@ -149,13 +153,13 @@ def calls(monkeypatch):
 def test_a_remat_policy_keeps_the_gradient_and_only_block_runs_attention_again(
     remat, forwards, params, gradient, calls
 ):
-    found = jax.jit(reverse_gradient(remat))(params, X)
+    found = fast_jit(reverse_gradient(remat))(params, X)
     assert_close(found, gradient, 1e-5)
     assert calls == {"forward": forwards * ATTENTIONS, "forward_with_tangent": 0, "backward": ATTENTIONS}
 
 
 def test_one_forward_pass_gives_value_tangent_and_the_plain_gradient(params, gradient, plain, calls):
-    found, tangent = jax.jit(shared_gradient)(params, X)
+    found, tangent = fast_jit(shared_gradient)(params, X)
     assert_close(found, gradient, 1e-5)
     assert_close(tangent, plain[1], 3e-6)
     assert calls == {"forward": 0, "forward_with_tangent": ATTENTIONS, "backward": ATTENTIONS}
@@ -217,7 +221,7 @@ def exact_angles(dim):
 
 def test_sinusoids_have_the_accuracy_of_float64():
     angles = exact_angles(256)
-    found = jax.jit(wan.sinusoids, static_argnums=1)(jnp.asarray(TIMES), 256)
+    found = fast_jit(wan.sinusoids, static_argnums=1)(jnp.asarray(TIMES), 256)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=1e-6)
 

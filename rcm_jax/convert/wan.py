@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from rcm_jax.config import UserError
 from rcm_jax.models.wan import WanConfig
 
 # Our module path -> Wan's. A linear kernel is the transposed weight, a norm's scale its weight.
@@ -47,7 +48,7 @@ def params_from_wan(
 ) -> dict[str, Any]:
     """Parameters with the structure, shapes and dtypes of `abstract_params`, from tensors by Wan's names.
 
-    Raises ValueError that lists every missing, unexpected or wrong-shaped tensor of `source` by name.
+    Raises UserError that lists every missing, unexpected or wrong-shaped tensor of `source` by name.
     """
     faults, values, expected = [], {}, set()
     for path, leaf in _flat(abstract_params).items():
@@ -66,7 +67,7 @@ def params_from_wan(
             values[path] = np.stack(arrays) if _is_stacked(path) else arrays[0]
     faults += [f"unexpected {name}" for name in sorted(set(tensors) - expected)]
     if faults:
-        raise ValueError(f"{source} does not fit the network, nothing was loaded: " + "; ".join(faults))
+        raise UserError(f"{source} does not fit the network, nothing was loaded: " + "; ".join(faults))
     return traverse_util.unflatten_dict(values, sep=".")
 
 
