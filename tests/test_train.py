@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs import digits_rcm
+from rcm_jax import sharding
 from rcm_jax import train as training
 from rcm_jax.checkpoint import export_safetensors, load_safetensors
 from rcm_jax.config import UserError, validate
@@ -17,6 +18,7 @@ from rcm_jax.convert.wan import wan_tensors
 from rcm_jax.data import digits
 from rcm_jax.models.functional import Network
 from rcm_jax.models.wan import PRESETS, WanConfig
+from rcm_jax.schedule import Phase
 from rcm_jax.train import create_network, load_params, train
 
 TINY = WanConfig(
@@ -210,6 +212,25 @@ def test_a_negative_prompt_of_another_shape_is_an_error(folder, tmp_path):
         training.negative_text(config, (8, 32))
     found = training.negative_text(config, (4, 32))
     np.testing.assert_array_equal(found, np.ones((4, 32)))
+
+
+def test_an_update_draws_anew_for_every_iteration_and_seed_and_follows_the_warm_up(folder):
+    config = configure(folder, "rcm")
+    mesh, optimizers = sharding.make_mesh(), training.create_optimizers(config)
+    place = jax.tree.map(lambda leaf: leaf.sharding, training.abstract_state(config, STUB, optimizers, mesh))
+    batch = {"latent": np.ones((8, 8, 16, 16, 1), np.float32), "text": np.ones((8, 8, 32), np.float32)}
+
+    def loss(*, seed=0, iteration=0, ratio=0.5):
+        config.seed = seed
+        step = training.compile_steps(config, STUB, optimizers, (8, 16, 16, 1), jnp.zeros((8, 32)), place)
+        state = training.init_state(config, STUB, optimizers, mesh)
+        state = state.replace(iteration=jax.device_put(np.int32(iteration), place.iteration))
+        phase = Phase("student", frozenset({"scm"}), ratio)
+        return float(step(state, training.to_mesh(batch, mesh), phase)[1]["loss"])
+
+    losses = [loss(), loss(iteration=1), loss(seed=1), loss(ratio=1.0)]
+    assert len(set(losses)) == 4
+    assert loss() == losses[0]
 
 
 def test_the_weight_of_scm_follows_from_the_size_of_a_latent(folder):
