@@ -111,6 +111,13 @@ def test_a_perfect_student_samples_the_data_distribution_in_any_number_of_steps(
     assert stats.kstest(np.asarray(samples).ravel(), stats.norm(0, STD).cdf).pvalue > 0.01
 
 
+def test_an_euler_step_takes_the_velocity_where_it_starts():
+    x = noise(0)
+    for s, s_next in ((1.0, 0.4), (0.4, 0.1)):
+        x = x - (s - s_next) * (s - (1 - s) * STD**2) / variance(s) * x
+    np.testing.assert_allclose(sampling.euler(gaussian, SEEDS, SHAPE, [1.0, 0.4, 0.1]), x, rtol=1e-4, atol=1e-6)
+
+
 def test_euler_converges_to_the_exact_flow_at_first_order():
     exact = STD * noise(0)  # x_s keeps its quantile: x_0 / STD = x_1 / 1
 
