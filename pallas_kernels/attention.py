@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from pallas_kernels import portable, reference
+from pallas_kernels import mosaic_tpu, portable, reference
 from pallas_kernels.refusals import forward_only, reverse_only
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -57,7 +57,8 @@ def attention(
       k_BSNH: keys, of any length, otherwise like the queries.
       v_BSNH: values, shaped like the keys.
       scale: factor of the logits; 1 / sqrt(head dim) if None.
-      implementation: "portable" (plain JAX, any device), "reference" (quadratic memory, for tests), or "auto".
+      implementation: "mosaic_tpu" (TPUs; no float64), "portable" (plain JAX, any device), "reference" (quadratic
+        memory, for tests), or "auto".
       mode: how the result may be differentiated. "reverse": `jax.grad`, `jax.vjp`; no `jax.jvp`. "forward": `jax.jvp`,
         and `jax.grad` of the primal output of `jax.jvp`; no other `jax.grad`. There the tangent is a constant: where
         it is differentiated after all, gradients are NaN.
@@ -144,10 +145,12 @@ def _back_end(implementation: str) -> ModuleType:
     match implementation:
         case "auto" | "portable":
             return portable
+        case "mosaic_tpu":
+            return mosaic_tpu
         case "reference":
             return reference
         case _:
-            raise ValueError(f'{implementation=} must be "auto", "portable" or "reference"')
+            raise ValueError(f'{implementation=} must be "auto", "mosaic_tpu", "portable" or "reference"')
 
 
 def _value(scale, back_end, q, k, v) -> tuple[Array, Array]:
