@@ -162,7 +162,7 @@ def _attend_kernel(
                 to += scale * (_dot(h, v) + _to_width(c_old - c, head_dim) * old)
             to_ref[rows] = to
 
-    _run(attend, [tile == tiles - 1] if keys % key_tile else [])
+    _run(attend, _edge(tile, tiles, keys % key_tile > 0))
 
     @pl.when(tile == tiles - 1)
     def _():
@@ -234,9 +234,7 @@ def _pull_back_kernel(*refs, scale: float, length: int, keys: int, query_tiles: 
         dk_sum_ref[...] += _dot(ds, q)
         dq_sum_ref[rows] += _dot(ds, k, contract=(0, 0))
 
-    edges = [i == query_tiles - 1] if length % query_tile else []
-    edges += [j == key_tiles - 1] if keys % key_tile else []
-    _run(pull_back, edges)
+    _run(pull_back, _edge(i, query_tiles, length % query_tile > 0) | _edge(j, key_tiles, keys % key_tile > 0))
 
     @pl.when(i == query_tiles - 1)
     def _():
@@ -248,14 +246,18 @@ def _pull_back_kernel(*refs, scale: float, length: int, keys: int, query_tiles: 
         dq_ref[...] = (scale * dq_sum_ref[rows]).astype(dq_ref.dtype)
 
 
-def _run(step, edges):
-    """`step(is_edge)`: a tile at the edge has rows beyond the array; the others are spared the masks for those."""
-    if not edges:
-        step(False)
-        return
-    is_edge = functools.reduce(jnp.logical_or, edges)
-    pl.when(is_edge)(functools.partial(step, True))
-    pl.when(jnp.logical_not(is_edge))(functools.partial(step, False))
+def _edge(tile, tiles, is_ragged):
+    """Whether rows of this tile are beyond the array: True or False where all tiles agree, else a traced boolean."""
+    return is_ragged and (tiles == 1 or tile == tiles - 1)
+
+
+def _run(step, is_edge):
+    """`step(is_edge)`, so that only tiles at the edge pay for its masks."""
+    if isinstance(is_edge, bool):
+        step(is_edge)
+    else:
+        pl.when(is_edge)(lambda: step(True))
+        pl.when(jnp.logical_not(is_edge))(lambda: step(False))
 
 
 def _read(ref, rows=slice(None), present=None):
