@@ -70,7 +70,9 @@ def backward(
     rows = pl.cdiv(length, parts)
     dtype = q.dtype if parts == 1 else jnp.float32
     by_part = [
-        _pull_back(q[:, :, part], k, v, dout[:, :, part], lse_BNL[:, :, part], delta[:, :, part], scale=scale, dtype=dtype)
+        _pull_back(
+            q[:, :, part], k, v, dout[:, :, part], lse_BNL[:, :, part], delta[:, :, part], scale=scale, dtype=dtype
+        )
         for part in (slice(start, start + rows) for start in range(0, length, rows))
     ]
     dq, dk, dv = zip(*by_part, strict=True)
@@ -153,7 +155,9 @@ def _attend_kernel(
             if tv is not None:
                 to += pv[:, head_dim:]
             if tq is not None or tk is not None:
-                ts = _dot_nt(_side_by_side(tq, q if tk is not None else None), _side_by_side(k if tq is not None else None, tk))
+                ts = _dot_nt(
+                    _side_by_side(tq, q if tk is not None else None), _side_by_side(k if tq is not None else None, tk)
+                )
                 ts = _where_present(ts, present, 1, 0)
                 c_old = c_ref[rows]
                 c = c_old + ((p * ts).sum(1, keepdims=True) - total * c_old) / l
