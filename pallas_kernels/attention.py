@@ -149,10 +149,10 @@ def _back_end(implementation: str, q: Array) -> ModuleType:
         case "auto":
             return {"hopper": hopper, "tpu": mosaic_tpu}.get(_architecture(), portable)
         case "mosaic_gpu":
-            _check_served(implementation, q, ("bfloat16",), mosaic_gpu.MAX_HEAD_DIM)
+            _check_served(implementation, mosaic_gpu, q)
             return mosaic_gpu
         case "cudnn":
-            _check_served(implementation, q, ("bfloat16", "float16"), cudnn.MAX_HEAD_DIM)
+            _check_served(implementation, cudnn, q)
             return cudnn
         case "mosaic_tpu":
             return mosaic_tpu
@@ -167,7 +167,7 @@ def _back_end(implementation: str, q: Array) -> ModuleType:
 
 def _architecture() -> str:
     """ "hopper", "tpu" or another name, of the device that computes by default."""
-    device = jax.config.jax_default_device or jax.devices()[0]
+    device = jax.config.values["jax_default_device"] or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]
     if device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0":
@@ -175,13 +175,13 @@ def _architecture() -> str:
     return device.platform
 
 
-def _check_served(implementation: str, q: Array, dtypes: tuple[str, ...], max_head_dim: int) -> None:
+def _check_served(implementation: str, back_end: ModuleType, q: Array) -> None:
+    dtypes, multiple, most = back_end.DTYPES, back_end.HEAD_DIM_MULTIPLE, back_end.MAX_HEAD_DIM
     if q.dtype.name not in dtypes:
         raise NotImplementedError(f'{implementation=} takes {" and ".join(dtypes)}, not {q.dtype.name}: pass "auto"')
-    if q.shape[3] > max_head_dim:
-        raise NotImplementedError(
-            f'{implementation=} takes head dims up to {max_head_dim}, not {q.shape[3]}: pass "auto"'
-        )
+    if q.shape[3] > most or q.shape[3] % multiple:
+        rule = f"multiples of {multiple} up to {most}"
+        raise NotImplementedError(f'{implementation=} takes head dims that are {rule}, not {q.shape[3]}: pass "auto"')
 
 
 def _value(scale, back_end, q, k, v) -> tuple[Array, Array]:

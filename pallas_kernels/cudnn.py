@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+DTYPES = ("bfloat16", "float16")
 MAX_HEAD_DIM = 128
+HEAD_DIM_MULTIPLE = 8
 
 # cuDNN's results are (B, N, L, H) arrays that lie in memory as (B, L, N, H).
 HEADS_INSIDE = (0, 2, 1, 3)
@@ -32,6 +34,11 @@ def forward(
     )
     out_BNLH, lse_BNL, _ = call(q_BLNH, k_BSNH, v_BSNH)
     return jnp.swapaxes(out_BNLH, 1, 2), lse_BNL
+
+
+def forward_with_tangent(*operands: Array | None, scale: float) -> None:
+    """Raises NotImplementedError: cuDNN has no tangent."""
+    raise NotImplementedError('cuDNN has no tangent: pass implementation="auto" or "mosaic_gpu"')
 
 
 def backward(

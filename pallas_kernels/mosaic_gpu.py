@@ -11,8 +11,8 @@ of its logits, six products feed two accumulators that the registers of a warpgr
 The exponentials of s are computed while the tensor cores work on ts, and the two warpgroups take turns on the tensor
 cores, so that one computes exponentials while the other multiplies. At head dim 128 the four 64 x 64 and 64 x 128
 accumulators are 192 of the 240 registers of a thread; shared memory holds q and tq (64 KiB) and two stages of k, tk, v
-and tv (128 KiB). A tile of 64 keys is read from shared memory at some 90 % of its bandwidth while the tensor cores are
-busy: that, and the power the chip may draw, are the bounds.
+and tv (128 KiB). The bounds: a product of 64 queries by 64 keys reads both operands from shared memory at its full
+bandwidth, and wider tiles do not fit the registers; and the power the chip may draw (benchmarks/README.md).
 
 The gradient is two kernels, one that holds rows of q and runs over keys and one that holds rows of k and v and runs
 over queries, so that every sum is made in one place, in one order: results do not change from run to run.
@@ -24,7 +24,7 @@ padded first.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,9 @@ from jaxtyping import Array, BFloat16, Float
 
 ROWS = 64  # of one warpgroup: what a wgmma instruction takes
 COMPUTE = 2  # warpgroups that compute
+DTYPES = ("bfloat16",)
 MAX_HEAD_DIM = 128
+HEAD_DIM_MULTIPLE = 1  # others than 64 and 128 are padded
 MULTIPROCESSORS = 132
 LOG2E = math.log2(math.e)
 
@@ -48,13 +50,20 @@ class Tiles(NamedTuple):
 
     block: int  # keys (queries) a step
     stages: int  # steps in flight
-    take_turns: bool = True  # the two warpgroups alternate on the tensor cores
+    take_turns: bool = False  # the two warpgroups alternate on the tensor cores
 
 
-VALUE = Tiles(128, 2)
-FUSED = {64: Tiles(128, 2, take_turns=False), 128: Tiles(64, 2)}
-DQ = Tiles(128, 2, take_turns=False)
-DK_DV = Tiles(64, 3, take_turns=False)
+# By pass and padded head dim: the best of `python -m benchmarks.attention_tiles` on an H200; lengths matter little.
+TILES = {
+    ("value", 64): Tiles(128, 2, take_turns=True),
+    ("value", 128): Tiles(128, 2, take_turns=True),
+    ("value and tangent", 64): Tiles(128, 2, take_turns=True),
+    ("value and tangent", 128): Tiles(64, 2, take_turns=True),
+    ("dq", 64): Tiles(128, 2),
+    ("dq", 128): Tiles(128, 2),
+    ("dk_dv", 64): Tiles(64, 3),
+    ("dk_dv", 128): Tiles(64, 3),
+}
 
 
 def forward(
@@ -63,9 +72,10 @@ def forward(
     v_BSNH: BFloat16[Array, "b s n h"],
     *,
     scale: float,
-    tiles: Tiles = VALUE,
+    tiles: Tiles | None = None,
 ) -> tuple[BFloat16[Array, "b l n h"], Float[Array, "b n l"]]:
     """Returns out = softmax(scale q k^T) v, and lse, the logarithm of each row's sum of exponentials."""
+    tiles = tiles or _tiles("value", q_BLNH)
     return _attend(q_BLNH, k_BSNH, v_BSNH, None, None, None, scale=scale, tiles=tiles)
 
 
@@ -88,7 +98,7 @@ def forward_with_tangent(
     if all(t is None for t in operands[3:]):
         out, lse = forward(*operands[:3], scale=scale)
         return out, lse, jnp.zeros_like(out), jnp.zeros_like(lse)
-    return _attend(*operands, scale=scale, tiles=tiles or FUSED[_padded_head_dim(q_BLNH)])
+    return _attend(*operands, scale=scale, tiles=tiles or _tiles("value and tangent", q_BLNH))
 
 
 def backward(
@@ -101,8 +111,8 @@ def backward(
     dlse_BNL: Float[Array, "b n l"] | None,
     *,
     scale: float,
-    dq_tiles: Tiles = DQ,
-    dk_dv_tiles: Tiles = DK_DV,
+    dq_tiles: Tiles | None = None,
+    dk_dv_tiles: Tiles | None = None,
 ) -> tuple[BFloat16[Array, "b l n h"], BFloat16[Array, "b s n h"], BFloat16[Array, "b s n h"]]:
     """Returns the gradients (dq, dk, dv), given `forward`'s results and their cotangents; dlse of None is zero.
 
@@ -112,7 +122,12 @@ def backward(
     if dlse_BNL is not None:
         delta -= dlse_BNL
     operands = q_BLNH, k_BSNH, v_BSNH, dout_BLNH, lse_BNL, delta
-    return _dq(*operands, scale=scale, tiles=dq_tiles), *_dk_dv(*operands, scale=scale, tiles=dk_dv_tiles)
+    dq = _dq(*operands, scale=scale, tiles=dq_tiles or _tiles("dq", q_BLNH))
+    return dq, *_dk_dv(*operands, scale=scale, tiles=dk_dv_tiles or _tiles("dk_dv", q_BLNH))
+
+
+def _tiles(name, q):
+    return TILES[name, pl.cdiv(q.shape[3], 64) * 64]
 
 
 def _attend(q, k, v, tq, tk, tv, *, scale, tiles):
@@ -138,7 +153,7 @@ def _attend(q, k, v, tq, tk, tv, *, scale, tiles):
             plgpu.set_max_registers(240, action="increase")
             rows = pl.ds((row_block * COMPUTE + warpgroup) * ROWS, ROWS)
             mine = {name: smem[name].at[warpgroup] for name in ("q", "tq", "lse", "t_lse") if name in smem}
-            for name in {"q", "tq"} & set(inputs):
+            for name in [name for name in ("q", "tq") if name in inputs]:
                 plgpu.copy_gmem_to_smem(refs[name].at[b, rows, n], mine[name], full["q"].at[warpgroup])
             plgpu.barrier_wait(full["q"].at[warpgroup])
             end_turn, await_turn = _turns(turn, tiles.take_turns)
@@ -154,13 +169,13 @@ def _attend(q, k, v, tq, tk, tv, *, scale, tiles):
                 tile = {name: smem[name].at[slot] for name in inputs if name[-1] in "kv"}
                 plgpu.barrier_wait(full["k"].at[slot])
 
-                def attend_keys(s_acc, *ts_acc):
+                def attend_keys(s_acc, ts_acc: Any = None):
                     plgpu.wgmma(s_acc, mine["q"], tile["k"].T)
                     if "tq" in inputs:
-                        plgpu.wgmma(*ts_acc, mine["tq"], tile["k"].T)
+                        plgpu.wgmma(ts_acc, mine["tq"], tile["k"].T)
                     if "tk" in inputs:
                         plgpu.barrier_wait(full["tk"].at[slot])
-                        plgpu.wgmma(*ts_acc, mine["q"], tile["tk"].T)
+                        plgpu.wgmma(ts_acc, mine["q"], tile["tk"].T)
                     end_turn()
                     await_turn()
                     # The products of ts go on while the exponentials of s are computed.
@@ -183,7 +198,7 @@ def _attend(q, k, v, tq, tk, tv, *, scale, tiles):
                         plgpu.barrier_wait(full["tv"].at[slot])
                     h = None
                     if has_ts:
-                        h = p * (plgpu.wgmma_accumulator_load(*ts_acc, wait_n=0) * scale)
+                        h = p * (plgpu.wgmma_accumulator_load(ts_acc, wait_n=0) * scale)
                         r_new += h.sum(axis=1)
                         h = h.astype(dtype)
                     return p16, h, m_new, l_new, out_new, t_out_new, r_new
@@ -503,14 +518,14 @@ def _await_next(full, i, steps, stages):
         plgpu.barrier_wait(full.at[lax.rem(i + 1, jnp.int32(stages))])
 
 
-def _accumulate(multiply, arrays):
+def _accumulate(multiply, arrays) -> Any:
     """Runs `multiply` on accumulators that start as `arrays`, and returns them; None stays None."""
-    initial = tuple(None if x is None else plgpu.ACC.init(x) for x in arrays)
+    initial = tuple(None if x is None else plgpu.WGMMAAccumulatorRef.init(x) for x in arrays)
     return pl.run_state(multiply)(initial)
 
 
 def _accumulator(columns):
-    return plgpu.ACC((ROWS, columns), jnp.float32)
+    return plgpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32)
 
 
 def _zeros(layout, *shape):
@@ -551,7 +566,3 @@ def _pad(x):
     if x.ndim == 4:
         padding[3] = (0, -x.shape[3] % 64)
     return jnp.pad(x, padding) if any(after for _, after in padding) else x
-
-
-def _padded_head_dim(q):
-    return pl.cdiv(q.shape[-1], 64) * 64
