@@ -181,22 +181,22 @@ def _attend_kernel(*refs, scale, keys, key_tiles):
             m = jnp.maximum(m_ref[rows], s.max(1, keepdims=True))
             fade = jnp.exp2(m_ref[rows] - m)
             p = jnp.exp2(s - _widen(m, key_tile))
-            total = p.sum(1, keepdims=True)
-            l = fade * l_ref[rows] + total
+            l_old = fade * l_ref[rows]
+            l = l_old + p.sum(1, keepdims=True)
             m_ref[rows], l_ref[rows] = m, l
 
             pv = _dot(p, _side_by_side(v, tv))
-            old = _widen(fade, head_dim) * o_ref[rows]
-            o_ref[rows] = old + pv[:, :head_dim]
+            o_old = _widen(fade, head_dim) * o_ref[rows]
+            o_ref[rows] = o_old + pv[:, :head_dim]
             if to_ref is None:
                 continue
             to = _widen(fade, head_dim) * to_ref[rows]
             if tv is not None:
                 to += pv[:, head_dim:]
             if ts is not None:
-                c = c_ref[rows] + ((p * ts).sum(1, keepdims=True) - total * c_ref[rows]) / l
+                c = (l_old * c_ref[rows] + (p * ts).sum(1, keepdims=True)) / l
                 h = p * (ts - _widen(c, key_tile))
-                to += scale * (_dot(h, v) + _widen(c_ref[rows] - c, head_dim) * old)
+                to += scale * (_dot(h, v) + _widen(c_ref[rows] - c, head_dim) * o_old)
                 c_ref[rows] = c
             to_ref[rows] = to
 

@@ -13,6 +13,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # XLA sizes its thread pool by this. With fewer threads than collectives that run at once on the eight devices, they
 # wait for each other until XLA aborts the process.
 os.environ.setdefault("NPROC", "64")
+# libtpu compiles for TPUs where there is none: it need not ask the cloud for them, nor lock them.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import numpy as np
