@@ -4,7 +4,7 @@ Compiled programs are kept in .jax_cache, which makes the second run of the test
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,11 +13,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # XLA sizes its thread pool by this. With fewer threads than collectives that run at once on the eight devices, they
 # wait for each other until XLA aborts the process.
 os.environ.setdefault("NPROC", "64")
+# libtpu compiles for TPUs where there is none: it need not ask the cloud for them, nor lock them.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import numpy as np
 import pytest
 import safetensors
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -37,3 +41,15 @@ def golden() -> Callable[[str], tuple[dict[str, np.ndarray], dict[str, str]]]:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
 
     return load
+
+
+@pytest.fixture
+def tpu_interpreter(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Runs TPU kernels on the CPU, and fails the test where they race."""
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling takes most of the time
+    try:
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    assert "RACE DETECTED" not in capsys.readouterr().out  # jax 0.12 raises an error instead

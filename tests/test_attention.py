@@ -1,4 +1,7 @@
-"""What every attention back end must do: values and derivatives against float64, composition, memory, errors."""
+"""What every attention back end must do: values and derivatives against float64, composition, memory, errors.
+
+TPU kernels run in Pallas' interpreter here, which also looks for races; test_mosaic_tpu.py compiles them for TPUs.
+"""
 
 import dataclasses
 import functools
@@ -17,7 +20,8 @@ from jax.test_util import check_grads
 
 from pallas_kernels import attention, attention_given, portable
 
-IMPLEMENTATIONS = ("reference", "portable")
+IMPLEMENTATIONS = ("reference", "portable", "mosaic_tpu")
+PLAIN_JAX = ("reference", "portable")
 LINEAR_MEMORY = ("portable",)
 BLOCK = portable.BLOCK
 
@@ -54,6 +58,15 @@ CASES = (
     Case("large tangents, bfloat16", (1, 64, BLOCK + 90, 2, 16), "bfloat16", tangent=1e4),
     Case("large tangents, float16", (1, 64, 77, 2, 16), "float16", tangent=1e3),
 )
+
+# TPUs have no float64.
+ACCURACY = [(x, case) for x in IMPLEMENTATIONS for case in CASES if (x, case.dtype) != ("mosaic_tpu", "float64")]
+
+
+@pytest.fixture
+def interpreter(request: pytest.FixtureRequest, implementation: str) -> None:
+    if implementation == "mosaic_tpu":
+        request.getfixturevalue("tpu_interpreter")
 
 
 def draw(case: Case) -> dict[str, np.ndarray]:
@@ -218,6 +231,10 @@ COMPOSITIONS = {
     "checkpoint in vmap in scan in shard_map": lambda f: sharded(twice(over_batch(jax.checkpoint(f)))),
 }
 
+# The interpreter of TPU kernels cannot run inside `jax.checkpoint` and `jax.vmap`.
+INTERPRETED = ("jit", "scan", "shard_map")
+COMPOSED = [(x, name) for x in IMPLEMENTATIONS for name in COMPOSITIONS if x in PLAIN_JAX or name in INTERPRETED]
+
 
 def operands(x):
     return x @ (jnp.eye(8) - 0.25), 2 * x, x
@@ -241,25 +258,26 @@ def grad_of_tangent(f, x):
     return jax.grad(lambda x: jnp.sum(jax.jvp(f, (x,), (3 * x,))[1] ** 2))(x)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-class TestContract:
-    @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("implementation", "case"), ACCURACY, ids=str)
+class TestAccuracy:
     @pytest.mark.parametrize("mode", ["reverse", "forward"])
     def test_value(self, implementation, case, mode):
         assert_matches(implementation, case, mode, "out", "lse")
 
-    @pytest.mark.parametrize("case", CASES, ids=str)
     def test_gradient(self, implementation, case):
         assert_matches(implementation, case, "reverse", "dq", "dk", "dv")
 
-    @pytest.mark.parametrize("case", CASES, ids=str)
     def test_tangent(self, implementation, case):
         assert_matches(implementation, case, "forward", "t_out", "t_lse")
 
-    @pytest.mark.parametrize("case", CASES, ids=str)
     def test_gradient_of_the_primal_output_of_jvp(self, implementation, case):
         assert_matches(implementation, case, "forward", "dq", "dk", "dv")
 
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+class TestContract:
     @pytest.mark.parametrize("mode", ["reverse", "forward"])
     def test_scale(self, implementation, mode):
         q, k, v = normal(3, 2, 5, 2, 8)
@@ -295,30 +313,6 @@ class TestContract:
         _, t_out = jax.jvp(lambda q: attend(q, k, k / 10), (q,), (tq,))
         np.testing.assert_allclose(t_out, np.full_like(t_out, 8000), rtol=2e-3)
 
-    @pytest.mark.parametrize("composition", COMPOSITIONS)
-    def test_composition(self, implementation, composition):
-        x = normal(4, 6, 2, 8)
-        compose = COMPOSITIONS[composition]
-        reverse, forward = (
-            compose(functools.partial(layer, mode=mode, implementation=implementation))
-            for mode in ("reverse", "forward")
-        )
-
-        def plain(x):
-            once = jnp.sin(softmax_attention(*operands(x))[0])
-            return jnp.sin(softmax_attention(*operands(once))[0]) if "scan" in composition else once
-
-        @jax.jit
-        def actual(x):
-            return grad(reverse, x), grad_of_value(forward, x), *jax.jvp(forward, (x,), (3 * x,))
-
-        @jax.jit
-        def expected(x):
-            return grad(plain, x), grad(plain, x), *jax.jvp(plain, (x,), (3 * x,))
-
-        for a, b in zip(actual(x), expected(x), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
     def test_given_is_the_output_it_was_given(self, implementation):
         q, k, v, out = normal(4, 2, 5, 2, 8)
         given = attention_given(q, k, v, out, jnp.zeros((2, 2, 5)), implementation=implementation)
@@ -350,6 +344,38 @@ class TestContract:
         actual = dq_a + dq_b, *(jnp.concatenate(parts, 1) for parts in zip(dkv_a, dkv_b, strict=True))
         for a, b in zip(actual, jax.vjp(attention, q, k, v)[1](cotangent), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("implementation", "composition"), COMPOSED)
+class TestComposition:
+    def test_derivatives(self, implementation, composition):
+        x = normal(4, 6, 2, 8)
+        compose = COMPOSITIONS[composition]
+        reverse, forward = (
+            compose(functools.partial(layer, mode=mode, implementation=implementation))
+            for mode in ("reverse", "forward")
+        )
+
+        def plain(x):
+            once = jnp.sin(softmax_attention(*operands(x))[0])
+            return jnp.sin(softmax_attention(*operands(once))[0]) if "scan" in composition else once
+
+        @jax.jit
+        def actual(x):
+            return grad(reverse, x), grad_of_value(forward, x), *jax.jvp(forward, (x,), (3 * x,))
+
+        @jax.jit
+        def expected(x):
+            return grad(plain, x), grad(plain, x), *jax.jvp(plain, (x,), (3 * x,))
+
+        for a, b in zip(actual(x), expected(x), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", PLAIN_JAX)
+class TestWork:
+    """Counted in programs that do not run. Kernels are counted in compiled ones, for their devices."""
 
     def test_given_runs_no_forward_pass(self, implementation):
         q, k, v, out = normal(4, 1, 8, 1, 8)
@@ -384,6 +410,11 @@ class TestContract:
         kept = twice(keep_attention(forward))
         value_and_tangent = matmuls(lambda x: jax.jvp(forward, (x,), (x,)), x)
         assert matmuls(functools.partial(grad_of_value, kept), x) == value_and_tangent + matmuls(pull_back, x)
+
+
+@pytest.mark.parametrize("implementation", PLAIN_JAX)
+class TestPartitioning:
+    """XLA splits plain JAX over a mesh by itself. A kernel needs `jax.shard_map`."""
 
     @pytest.mark.parametrize("mode", ["reverse", "forward"])
     def test_sharding_over_batch_and_heads_needs_no_communication(self, implementation, mode):
@@ -524,7 +555,9 @@ class TestArguments:
 
     def test_names(self):
         q, k, v, *_ = self.arguments()
-        with pytest.raises(ValueError, match=r'implementation=\'triton\' must be "auto", "portable" or "reference"'):
+        with pytest.raises(
+            ValueError, match=r'implementation=\'triton\' must be "auto", "mosaic_tpu", "portable" or "reference"'
+        ):
             attention(q, k, v, implementation="triton")
         with pytest.raises(ValueError, match=r'mode=\'both\' must be "reverse" or "forward"'):
             attention(q, k, v, mode="both")
