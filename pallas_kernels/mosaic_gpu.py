@@ -17,9 +17,10 @@ bandwidth, and wider tiles do not fit the registers; and the power the chip may 
 The gradient is two kernels, one that holds rows of q and runs over keys and one that holds rows of k and v and runs
 over queries, so that every sum is made in one place, in one order: results do not change from run to run.
 
-Lengths that are no multiple of a tile cost a partial tile: the accelerator reads zeros beyond the end and does not
-write there. Tensor maps need lengths that are multiples of 8 and head dims that are multiples of 64; other arrays are
-padded first.
+Lengths that are no multiple of a tile cost a partial tile: of matrices, the accelerator reads zeros beyond the end and
+does not write there. Its tensor maps need lengths that are multiples of 8 and head dims that are multiples of 64; other
+arrays are padded first. Row statistics are copied without a map, which knows only the end of the whole array, not that
+of a head: they are padded to whole blocks of rows.
 """
 
 import functools
@@ -62,7 +63,7 @@ TILES = {
     ("dq", 64): Tiles(128, 2),
     ("dq", 128): Tiles(128, 2),
     ("dk_dv", 64): Tiles(64, 3),
-    ("dk_dv", 128): Tiles(64, 3),
+    ("dk_dv", 128): Tiles(64, 4),
 }
 
 
@@ -259,7 +260,7 @@ def _attend(q, k, v, tq, tk, tv, *, scale, tiles):
     rows, tiles_of_keys, statistics = _matrix(COMPUTE, ROWS, dim), _matrix(stages, block, dim), _vector(COMPUTE, ROWS)
     smem = {"q": rows, "lse": statistics} | ({"tq": rows, "t_lse": statistics} if has_tangent else {})
     full = {name: plgpu.Barrier(num_barriers=stages) for name in inputs if name[-1] in "kv"}
-    per_query = jax.ShapeDtypeStruct((batch, heads, inputs["q"].shape[1]), jnp.float32)
+    per_query = jax.ShapeDtypeStruct((batch, heads, row_blocks * COMPUTE * ROWS), jnp.float32)
     out, lse, *tangents = _run(
         kernel,
         out_type=[per_query if name.endswith("lse") else _like(inputs["q"]) for name in results],
@@ -559,10 +560,7 @@ def _like(x):
 
 
 def _pad(x):
-    """Zeros after the end of (B, L, N, H) and (B, N, L) arrays whose shape a tensor map cannot have."""
-    length_axis = 1 if x.ndim == 4 else 2
-    padding = [(0, 0)] * x.ndim
-    padding[length_axis] = (0, -x.shape[length_axis] % 8)
-    if x.ndim == 4:
-        padding[3] = (0, -x.shape[3] % 64)
+    """Zeros after the end of a matrix (B, L, N, H) or of row statistics (B, N, L) that cannot be copied as they are."""
+    multiples = (1, 8, 1, 64) if x.ndim == 4 else (1, 1, COMPUTE * ROWS)
+    padding = [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=True)]
     return jnp.pad(x, padding) if any(after for _, after in padding) else x

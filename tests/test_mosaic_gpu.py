@@ -51,6 +51,16 @@ def test_each_pass_is_one_kernel_and_the_gradient_two(shape):
     assert calls(lowered(gradient, q, k, k, q, lse, q, lse))[KERNEL] == 2
 
 
+def test_statistics_have_whole_blocks_of_rows():
+    """They are copied as plain memory: what a last, partial block writes too much would be the next head's."""
+    q, k, lse = operands(2, 1003, 77, 3, 64)
+    text = lowered(functools.partial(mosaic_gpu.forward, scale=0.1), q, k, k)
+    assert "tensor<2x3x1024xf32>" in text
+    text = lowered(functools.partial(mosaic_gpu.backward, scale=0.1), q, k, k, q, lse, q, lse)
+    kernels = [line for line in text.splitlines() if KERNEL in line and "custom_call" in line]
+    assert all(line.rsplit(" : ", 1)[1].count("tensor<2x3x1024xf32>") == 2 for line in kernels)
+
+
 @pytest.mark.parametrize("moving", ["q", "k", "v", "qk", "kv"])
 def test_operands_without_tangent_are_not_read(moving):
     q, k, _ = operands(1, 256, 128, 2, 64)
