@@ -47,7 +47,7 @@ _NO_WEIGHTS = ("accum_", "pos_embedder.")
 
 
 def cosmos_tensors(params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The parameters by NVIDIA's names, as numpy arrays of the dtype they have; their files prefix these with "net."."""
+    """The parameters by NVIDIA's names without their "net." before each, as numpy arrays of the dtype they have."""
     return rename_params(params, COSMOS)
 
 
