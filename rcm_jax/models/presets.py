@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 
 from rcm_jax.models import cosmos, wan
 from rcm_jax.models.blocks import Remat
@@ -15,5 +16,10 @@ PRESETS: dict[str, Config] = wan.PRESETS | cosmos.PRESETS
 
 def create_network(config: Config, *, dtype: Any = jnp.float32, remat: Remat = "none") -> Network:
     """The network of a config, as pure functions. `dtype` is that of matrix products; parameters are float32."""
-    family = wan.Wan if isinstance(config, wan.WanConfig) else cosmos.Cosmos
-    return functional(lambda rngs: family(config, dtype=dtype, remat=remat, rngs=rngs))
+
+    def create(rngs: nnx.Rngs) -> nnx.Module:
+        if isinstance(config, wan.WanConfig):
+            return wan.Wan(config, dtype=dtype, remat=remat, rngs=rngs)
+        return cosmos.Cosmos(config, dtype=dtype, remat=remat, rngs=rngs)
+
+    return functional(create)

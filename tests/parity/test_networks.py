@@ -39,7 +39,6 @@ CONFIGS = {
     "wan2.2-i2v-a14b": SMALL_WAN,
     "wan2.2-ti2v-5b": SMALL_WAN,
     "cosmos-predict2-t2i-0.6b": SMALL | {"lora_dim": 4},
-    "cosmos-predict2-v2w-2b": SMALL | {"lora_dim": 4},
     "cosmos-predict2-v2w-14b": SMALL | {"lora_dim": 4},
 }
 CONFIGS = {name: dataclasses.replace(PRESETS[name], **changes) for name, changes in CONFIGS.items()}
@@ -61,17 +60,7 @@ def create_model(config):
 
 
 def create_cosmos(config):
-    model = diffusers.CosmosTransformer3DModel(
-        in_channels=config.in_channels - 1,  # ours counts the padding mask
-        out_channels=config.out_channels,
-        num_attention_heads=config.heads,
-        attention_head_dim=config.head_dim,
-        num_layers=config.layers,
-        text_embed_dim=config.text_dim,
-        adaln_lora_dim=config.lora_dim,
-        rope_scale=config.rope_scale,
-        extra_pos_embed_type=None,
-    )
+    model = diffusers.CosmosTransformer3DModel.from_config(cosmos_names.diffusers_settings(config))
     for block in model.transformer_blocks:
         for attention in (block.attn1, block.attn2):
             # NVIDIA's epsilon. diffusers does not set it and gets the default of its attention, 1e-5.
