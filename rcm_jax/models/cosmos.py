@@ -203,7 +203,8 @@ class Modulation(nnx.Module):
 
     def __call__(self, time_BKM: jax.Array, tokens: int) -> list[jax.Array]:
         own, shared = self.up(self.down(time_BKM[..., : self.dim])), time_BKM[..., self.dim :]
-        return jnp.split(spread(own + shared[..., : own.shape[-1]], tokens), self.rows, axis=-1)
+        rows_BKD = jnp.split(own + shared[..., : own.shape[-1]], self.rows, axis=-1)
+        return [spread(row, tokens) for row in rows_BKD]
 
 
 class Attention(nnx.Module):
