@@ -18,7 +18,7 @@ from rcm_jax.config import UserError, parse_stages
 from rcm_jax.convert.wan import params_from_wan, wan_tensors
 from rcm_jax.data import digits, pipeline, text
 from rcm_jax.generation import Sampler, student_sampler
-from rcm_jax.models.blocks import Remat
+from rcm_jax.models.blocks import WHOLE, AttentionOps, Remat
 from rcm_jax.models.functional import Network, functional
 from rcm_jax.models.wan import PRESETS, Wan
 from rcm_jax.records import RunRecords, write_run_info
@@ -61,7 +61,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         process_count=jax.process_count(),
     )
 
-    network = create_network(config)
+    network = create_network(config, mesh)
     optimizers = create_optimizers(config)
     abstract = abstract_state(config, network, optimizers, mesh)
     negative = negative_text(config, text_shape)
@@ -109,14 +109,19 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     return state
 
 
-def create_network(config: ConfigDict) -> Network:
-    """The network of the config's preset, as pure functions. Raises UserError for an unknown preset or remat policy."""
+def create_network(config: ConfigDict, mesh: Mesh | None = None) -> Network:
+    """The network of the config's preset, as pure functions, its attention split over the mesh, if there is one.
+
+    Raises UserError for an unknown preset or remat policy.
+    """
     if config.model.preset not in PRESETS:
         raise UserError(f"model.preset={config.model.preset!r} must be one of {', '.join(PRESETS)}")
     if config.model.remat not in get_args(Remat):
         raise UserError(f"model.remat={config.model.remat!r} must be one of {', '.join(get_args(Remat))}")
-    preset, dtype = PRESETS[config.model.preset], jnp.dtype(config.model.dtype)
-    return functional(lambda rngs: Wan(preset, dtype=dtype, remat=config.model.remat, rngs=rngs))
+    preset, dtype, ops = PRESETS[config.model.preset], jnp.dtype(config.model.dtype), WHOLE
+    if mesh is not None and mesh.size > 1:
+        ops = AttentionOps(*(sharding.split_over_batch(op, mesh) for op in WHOLE))
+    return functional(lambda rngs: Wan(preset, dtype=dtype, remat=config.model.remat, ops=ops, rngs=rngs))
 
 
 def load_params(path: str | Path, network: Network) -> Params:
