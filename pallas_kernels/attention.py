@@ -57,8 +57,8 @@ def attention(
       k_BSNH: keys, of any length, otherwise like the queries.
       v_BSNH: values, shaped like the keys.
       scale: factor of the logits; 1 / sqrt(head dim) if None.
-      implementation: "mosaic_tpu" (TPUs; no float64), "portable" (plain JAX, any device), "reference" (quadratic
-        memory, for tests), or "auto".
+      implementation: "mosaic_tpu" (TPUs; no float64; on a mesh, inside `jax.shard_map`), "portable" (plain JAX, any
+        device), "reference" (quadratic memory, for tests), or "auto" ("portable").
       mode: how the result may be differentiated. "reverse": `jax.grad`, `jax.vjp`; no `jax.jvp`. "forward": `jax.jvp`,
         and `jax.grad` of the primal output of `jax.jvp`; no other `jax.grad`. There the tangent is a constant: where
         it is differentiated after all, gradients are NaN.
