@@ -5,12 +5,14 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 RUN_STAMP = $(VENV)/.stamp-$(VERSION)
 DEV_STAMP = $(VENV)/.stamp-dev-$(VERSION)
+PARITY_STAMP = $(VENV)/.stamp-parity-$(VERSION)
 
-.PHONY: help demo test lint
+.PHONY: help demo test parity lint
 
 help:
 	@echo "make demo    train, distil, sample and report in runs/demo"
 	@echo "make test    the tests; ARGS='-k config' passes arguments to pytest"
+	@echo "make parity  the tests against PyTorch's diffusers and transformers, which it installs (1.3 GB)"
 	@echo "make lint    ruff and pyright"
 
 demo: $(RUN_STAMP)
@@ -18,6 +20,9 @@ demo: $(RUN_STAMP)
 
 test: $(DEV_STAMP)
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+parity: $(PARITY_STAMP)
+	$(VENV)/bin/python -m pytest tests/parity $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check
@@ -39,5 +44,12 @@ $(DEV_STAMP): $(RUN_STAMP) requirements-dev.txt
 	@echo "Installing requirements-dev.txt into $(VENV)"
 	@touch $(VENV)/.unfinished
 	@$(PIP_INSTALL) -r requirements-dev.txt
+	@rm $(VENV)/.unfinished
+	@touch $@
+
+$(PARITY_STAMP): $(DEV_STAMP) requirements-parity.txt
+	@echo "Installing requirements-parity.txt into $(VENV)"
+	@touch $(VENV)/.unfinished
+	@$(PIP_INSTALL) -r requirements-parity.txt
 	@rm $(VENV)/.unfinished
 	@touch $@

@@ -4,7 +4,7 @@ A back end is a module with three functions of arrays and a `scale`:
 
     forward(q, k, v) -> (out, lse)
     forward_with_tangent(q, k, v, tq, tk, tv) -> (out, lse, t_out, t_lse); a tangent of None is zero
-    backward(q, k, v, out, lse, dout, dlse) -> (dq, dk, dv)
+    backward(q, k, v, out, lse, dout, dlse) -> (dq, dk, dv); a dlse of None is zero
 
 JAX cannot push a custom_vjp forward nor split a custom_jvp whose rule is one fused kernel, so there are two rules.
 mode="reverse" is a custom_vjp with a flash backward pass. mode="forward" is a custom_jvp whose rule is one fused
@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from pallas_kernels import mosaic_tpu, portable, reference
+from pallas_kernels import cudnn, hopper, mosaic_gpu, mosaic_tpu, portable, reference
 from pallas_kernels.refusals import forward_only, reverse_only
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -57,8 +57,10 @@ def attention(
       k_BSNH: keys, of any length, otherwise like the queries.
       v_BSNH: values, shaped like the keys.
       scale: factor of the logits; 1 / sqrt(head dim) if None.
-      implementation: "mosaic_tpu" (TPUs; no float64; on a mesh, inside `jax.shard_map`), "portable" (plain JAX, any
-        device), "reference" (quadratic memory, for tests), or "auto" ("portable").
+      implementation: "auto" chooses by the default device, dtype and shape. Or one of: "mosaic_gpu" (NVIDIA Hopper;
+        bfloat16, head dim up to 128), "cudnn" (NVIDIA GPUs; bfloat16 and float16, no tangent), "mosaic_tpu" (TPUs; no
+        float64; on a mesh, inside `jax.shard_map`), "portable" (plain JAX, any device), "reference" (quadratic memory,
+        for tests).
       mode: how the result may be differentiated. "reverse": `jax.grad`, `jax.vjp`; no `jax.jvp`. "forward": `jax.jvp`,
         and `jax.grad` of the primal output of `jax.jvp`; no other `jax.grad`. There the tangent is a constant: where
         it is differentiated after all, gradients are NaN.
@@ -70,9 +72,10 @@ def attention(
     Raises:
       ValueError: shapes or dtypes disagree, or an unknown implementation or mode.
       TypeError: a derivative that `mode` does not serve.
+      NotImplementedError: an implementation asked for by name that does not serve the operands or the derivative.
     """
     _check_operands(q_BLNH, k_BSNH, v_BSNH)
-    static = _scale(scale, q_BLNH), _back_end(implementation)
+    static = _scale(scale, q_BLNH), _back_end(implementation, q_BLNH)
     match mode:
         case "reverse":
             out, lse = _reverse(*static, *(reverse_only(x, ERROR_JVP) for x in (q_BLNH, k_BSNH, v_BSNH)))
@@ -107,12 +110,13 @@ def attention_given(
 
     Raises:
       ValueError: shapes or dtypes disagree, or an unknown implementation.
+      NotImplementedError: an implementation asked for by name that does not serve the operands.
     """
     _check_operands(q_BLNH, k_BSNH, v_BSNH)
     batch, length, heads, _ = q_BLNH.shape
     _check_like("out", out_BLNH, q_BLNH.shape, q_BLNH.dtype)
     _check_like("lse", lse_BNL, (batch, heads, length), jnp.promote_types(q_BLNH.dtype, jnp.float32))
-    static = _scale(scale, q_BLNH), _back_end(implementation)
+    static = _scale(scale, q_BLNH), _back_end(implementation, q_BLNH)
     operands = (reverse_only(x, "attention_given is for jax.grad and jax.vjp only") for x in (q_BLNH, k_BSNH, v_BSNH))
     return _given(*static, *operands, out_BLNH, lse_BNL)
 
@@ -141,33 +145,70 @@ def _scale(scale: float | None, q: Array) -> float:
     return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
 
 
-def _back_end(implementation: str) -> ModuleType:
+def _back_end(implementation: str, q: Array) -> ModuleType:
     match implementation:
-        case "auto" | "portable":
-            return portable
+        case "auto":
+            return {"hopper": hopper, "tpu": mosaic_tpu}.get(_architecture(), portable)
+        case "mosaic_gpu":
+            _check_served(implementation, mosaic_gpu, q)
+            return mosaic_gpu
+        case "cudnn":
+            _check_served(implementation, cudnn, q)
+            return cudnn
         case "mosaic_tpu":
             return mosaic_tpu
+        case "portable":
+            return portable
         case "reference":
             return reference
         case _:
-            raise ValueError(f'{implementation=} must be "auto", "mosaic_tpu", "portable" or "reference"')
+            names = '"auto", "mosaic_gpu", "cudnn", "mosaic_tpu", "portable" or "reference"'
+            raise ValueError(f"{implementation=} must be {names}")
+
+
+def _architecture() -> str:
+    """ "hopper", "tpu" or another name, of the device that computes by default."""
+    device = jax.config.values["jax_default_device"] or jax.devices()[0]
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
+    if device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0":
+        return "hopper"
+    return device.platform
+
+
+def _check_served(implementation: str, back_end: ModuleType, q: Array) -> None:
+    dtypes, multiple, most = back_end.DTYPES, back_end.HEAD_DIM_MULTIPLE, back_end.MAX_HEAD_DIM
+    if q.dtype.name not in dtypes:
+        raise NotImplementedError(f'{implementation=} takes {" and ".join(dtypes)}, not {q.dtype.name}: pass "auto"')
+    if q.shape[3] > most or q.shape[3] % multiple:
+        rule = f"multiples of {multiple} up to {most}"
+        raise NotImplementedError(f'{implementation=} takes head dims that are {rule}, not {q.shape[3]}: pass "auto"')
 
 
 def _value(scale, back_end, q, k, v) -> tuple[Array, Array]:
     return back_end.forward(q, k, v, scale=scale)
 
 
-def _reverse_fwd(scale, back_end, q, k, v):
+def _reverse_fwd(scale, back_end, *primals):
+    q, k, v = (x.value for x in primals)
     out, lse = _named(*back_end.forward(q, k, v, scale=scale))
     return (out, lse), (q, k, v, out, lse)
 
 
 def _reverse_bwd(scale, back_end, residuals, cotangents):
-    return back_end.backward(*residuals, *cotangents, scale=scale)
+    return _backward(scale, back_end, residuals, *cotangents)
+
+
+def _backward(scale, back_end, residuals, dout, dlse):
+    """The back end's gradient. Statically zero cotangents cost nothing."""
+    *_, out, _ = residuals
+    dout = jnp.zeros_like(out) if isinstance(dout, SymbolicZero) else dout
+    dlse = None if isinstance(dlse, SymbolicZero) else dlse
+    return back_end.backward(*residuals, dout, dlse, scale=scale)
 
 
 _reverse = jax.custom_vjp(_value, nondiff_argnums=(0, 1))
-_reverse.defvjp(_reverse_fwd, _reverse_bwd)
+_reverse.defvjp(_reverse_fwd, _reverse_bwd, symbolic_zeros=True)
 
 
 def _given_value(scale, back_end, q, k, v, out, lse) -> Array:
@@ -179,8 +220,7 @@ def _given_fwd(scale, back_end, q, k, v, out, lse):
 
 
 def _given_bwd(scale, back_end, residuals, dout):
-    *_, lse = residuals
-    return *back_end.backward(*residuals, dout, jnp.zeros_like(lse), scale=scale), None, None
+    return *back_end.backward(*residuals, dout, None, scale=scale), None, None
 
 
 _given = jax.custom_vjp(_given_value, nondiff_argnums=(0, 1))
@@ -202,7 +242,8 @@ def _value_and_tangent(scale, back_end, primals, tangents) -> tuple[Array, Array
     return back_end.forward_with_tangent(*primals, *tangents, scale=scale)
 
 
-def _fused_fwd(scale, back_end, primals, tangents):
+def _fused_fwd(scale, back_end, *operands):
+    primals, tangents = jax.tree.map(lambda x: x.value, operands)
     out, lse, t_out, t_lse = back_end.forward_with_tangent(*primals, *tangents, scale=scale)
     out, lse = _named(out, lse)
     t_out, t_lse = checkpoint_name((t_out, t_lse), "attention_tangent")
@@ -210,16 +251,18 @@ def _fused_fwd(scale, back_end, primals, tangents):
 
 
 def _fused_bwd(scale, back_end, residuals, cotangents):
-    dout, dlse, dt_out, dt_lse = cotangents
-    gradients = back_end.backward(*residuals, dout, dlse, scale=scale)
+    dout, dlse, *tangent_cotangents = cotangents
+    gradients = _backward(scale, back_end, residuals, dout, dlse)
     # Where nobody differentiates the tangent, its cotangent is zero, but only as a value once a scan is transposed.
-    is_used_BN = (dt_out != 0).any((1, 3)) | (dt_lse != 0).any(2)
-    nan_B1N1 = jnp.where(is_used_BN, jnp.nan, 0)[:, None, :, None]
-    return tuple(x + nan_B1N1.astype(x.dtype) for x in gradients), None
+    for cotangent in tangent_cotangents:
+        if not isinstance(cotangent, SymbolicZero):
+            nan = jnp.where((cotangent != 0).any(), jnp.nan, 0)
+            gradients = tuple(x + nan.astype(x.dtype) for x in gradients)
+    return gradients, None
 
 
 _fused = jax.custom_vjp(_value_and_tangent, nondiff_argnums=(0, 1))
-_fused.defvjp(_fused_fwd, _fused_bwd)
+_fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)
 
 
 def _named(out: Array, lse: Array) -> tuple[Array, Array]:

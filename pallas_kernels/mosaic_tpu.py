@@ -97,16 +97,18 @@ def backward(
     out_BLNH: Float[Array, "b l n h"],
     lse_BNL: Float[Array, "b n l"],
     dout_BLNH: Float[Array, "b l n h"],
-    dlse_BNL: Float[Array, "b n l"],
+    dlse_BNL: Float[Array, "b n l"] | None,
     *,
     scale: float,
 ) -> tuple[Float[Array, "b l n h"], Float[Array, "b s n h"], Float[Array, "b s n h"]]:
-    """Returns the gradients (dq, dk, dv), given `forward`'s results and their cotangents.
+    """Returns the gradients (dq, dk, dv), given `forward`'s results and their cotangents; a dlse of None is zero.
 
     FlashAttention-2 (Dao 2023), algorithm 2. The gradient of lse with respect to logits is p: dlse shifts delta.
     """
     q, k, v, out, dout = (_heads_outside(x) for x in (q_BLNH, k_BSNH, v_BSNH, out_BLNH, dout_BLNH))
-    delta_BNL = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1) - dlse_BNL
+    delta_BNL = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
+    if dlse_BNL is not None:
+        delta_BNL -= dlse_BNL
 
     length, head_dim = q.shape[2:]
     parts = pl.cdiv(_vmem_bytes(length, head_dim), DQ_BYTES)

@@ -56,16 +56,18 @@ def backward(
     out_BLNH: Float[Array, "b l n h"],
     lse_BNL: Float[Array, "b n l"],
     dout_BLNH: Float[Array, "b l n h"],
-    dlse_BNL: Float[Array, "b n l"],
+    dlse_BNL: Float[Array, "b n l"] | None,
     *,
     scale: float,
 ) -> tuple[Float[Array, "b l n h"], Float[Array, "b s n h"], Float[Array, "b s n h"]]:
-    """Returns the gradients (dq, dk, dv), given `forward`'s results and their cotangents.
+    """Returns the gradients (dq, dk, dv), given `forward`'s results and their cotangents; a dlse of None is zero.
 
     FlashAttention-2 (Dao 2023), algorithm 2. The gradient of lse with respect to logits is p: dlse shifts delta.
     """
     q, k, v, out, dout = (_heads_outside(x) for x in (q_BLNH, k_BSNH, v_BSNH, out_BLNH, dout_BLNH))
-    delta = _dot("bnlh,bnlh->bnl", out, dout) - dlse_BNL
+    delta = _dot("bnlh,bnlh->bnl", out, dout)
+    if dlse_BNL is not None:
+        delta -= dlse_BNL
 
     def pull_back_queries(sums, rows):
         q, dout, lse, delta = rows

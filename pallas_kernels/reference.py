@@ -40,15 +40,15 @@ def backward(
     out_BLNH: Float[Array, "b l n h"],
     lse_BNL: Float[Array, "b n l"],
     dout_BLNH: Float[Array, "b l n h"],
-    dlse_BNL: Float[Array, "b n l"],
+    dlse_BNL: Float[Array, "b n l"] | None,
     *,
     scale: float,
 ) -> tuple[Float[Array, "b l n h"], Float[Array, "b s n h"], Float[Array, "b s n h"]]:
-    """Returns the gradients (dq, dk, dv), given `forward`'s results and their cotangents."""
+    """Returns the gradients (dq, dk, dv), given `forward`'s results and their cotangents; a dlse of None is zero."""
     q, k, v, out, dout = (_widen(x) for x in (q_BLNH, k_BSNH, v_BSNH, out_BLNH, dout_BLNH))
     p_BNLS = jnp.exp(scale * jnp.einsum("blnh,bsnh->bnls", q, k) - lse_BNL[..., None])
     dp_BNLS = jnp.einsum("blnh,bsnh->bnls", dout, v)
-    delta_BNL = jnp.einsum("blnh,blnh->bnl", dout, out) - dlse_BNL
+    delta_BNL = jnp.einsum("blnh,blnh->bnl", dout, out) - (0 if dlse_BNL is None else dlse_BNL)
     ds_BNLS = scale * p_BNLS * (dp_BNLS - delta_BNL[..., None])
     dq = jnp.einsum("bnls,bsnh->blnh", ds_BNLS, k)
     dk = jnp.einsum("bnls,blnh->bsnh", ds_BNLS, q)

@@ -57,11 +57,13 @@ def test_private_jax_and_the_broken_num_programs_are_not_used(path: Path):
 def test_every_imported_package_is_required():
     distributions = packages_distributions()
     run, dev = requirements("requirements.txt"), requirements("requirements-dev.txt")
+    parity = requirements("requirements-parity.txt")
     for path in SOURCES:
         known = run | dev if path.is_relative_to(ROOT / "tests") else run
+        known = known | parity if path.is_relative_to(ROOT / "tests" / "parity") else known
         modules = {module.partition(".")[0] for module in imports(path)}
         for module in modules - set(sys.stdlib_module_names) - set(PACKAGES) - OPTIONAL:
-            providers = {normalised(provider) for provider in distributions[module]}
+            providers = {normalised(provider) for provider in distributions.get(module, [module])}
             assert providers & known, f"{name(path)} imports {module}, which no requirements file lists"
 
 
@@ -116,7 +118,7 @@ class Make:
 
     def __init__(self, directory: Path):
         self.directory, self.log = directory, directory / "log"
-        for file in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        for file in ("Makefile", "requirements.txt", "requirements-dev.txt", "requirements-parity.txt"):
             (directory / file).write_text((ROOT / file).read_text())
 
     def __call__(self, target: str, version: str = "3.11") -> tuple[int, list[str]]:
@@ -149,6 +151,13 @@ def test_make_installs_once_and_again_when_requirements_change(make: Make):
     assert make("test") == (0, ["pip requirements-dev.txt", TEST])
     (make.directory / "requirements.txt").touch()
     assert make("test") == (0, ["pip requirements.txt", "pip requirements-dev.txt", TEST])
+
+
+def test_make_parity_alone_installs_pytorch(make: Make):
+    files = ["pip requirements.txt", "pip requirements-dev.txt", "pip requirements-parity.txt"]
+    assert make("parity") == (0, ["venv", *files, "-m pytest tests/parity -x"])
+    assert make("parity") == (0, ["-m pytest tests/parity -x"])
+    assert make("test") == (0, [TEST])
 
 
 def test_make_starts_afresh_where_an_install_was_broken_off(make: Make):
