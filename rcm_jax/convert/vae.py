@@ -51,7 +51,7 @@ def _published_shape(inner: list[str], leaf: str, shape: tuple[int, ...]) -> tup
     if leaf == "scale":
         return (*shape, *(1,) * window_ndim)
     *window, in_dim, out_dim = shape
-    return (out_dim, in_dim, *((1,) * window_ndim + tuple(window))[-window_ndim:])
+    return (out_dim, in_dim, *(window or (1,) * window_ndim))
 
 
 def _wan_name(network: str, inner: list[str], config: VAEConfig) -> str:

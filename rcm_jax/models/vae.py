@@ -59,6 +59,9 @@ class VAEConfig:
         return 2 ** (len(self.multipliers) - 1)
 
 
+FRAMES = 3  # under the window of every convolution over time
+
+
 class Tiling(NamedTuple):
     """Runs the network on overlapping squares of `size` latent rows and columns, `stride` apart, and blends them."""
 
@@ -118,7 +121,7 @@ class Encoder(nnx.Module):
         c = config
         dims = [c.encoder_dim * multiplier for multiplier in (1, *c.multipliers)]
         self.config, self.dtype = config, dtype
-        self.conv_in = CausalConv(c.pixel_channels, dims[0], (3, 3, 3), dtype, rngs)
+        self.conv_in = CausalConv(c.pixel_channels, dims[0], 3, dtype, rngs)
         self.levels = nnx.List(
             [
                 DownLevel(in_dim, out_dim, factors, config, dtype, rngs)
@@ -127,7 +130,7 @@ class Encoder(nnx.Module):
         )
         self.middle = Middle(dims[-1], dtype, rngs)
         self.norm_out = RMSNorm(dims[-1], rngs)
-        self.conv_out = CausalConv(dims[-1], 2 * c.latent_channels, (3, 3, 3), dtype, rngs)
+        self.conv_out = CausalConv(dims[-1], 2 * c.latent_channels, 3, dtype, rngs)
         self.quant = nnx.Linear(2 * c.latent_channels, 2 * c.latent_channels, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -169,7 +172,7 @@ class Decoder(nnx.Module):
         factors = reversed(_factors(config)[:-1])
         self.config, self.dtype = config, dtype
         self.quant = nnx.Linear(c.latent_channels, c.latent_channels, dtype=dtype, rngs=rngs)
-        self.conv_in = CausalConv(c.latent_channels, out_dims[0], (3, 3, 3), dtype, rngs)
+        self.conv_in = CausalConv(c.latent_channels, out_dims[0], 3, dtype, rngs)
         self.middle = Middle(out_dims[0], dtype, rngs)
         self.levels = nnx.List(
             [
@@ -178,7 +181,7 @@ class Decoder(nnx.Module):
             ]
         )
         self.norm_out = RMSNorm(out_dims[-1], rngs)
-        self.conv_out = CausalConv(out_dims[-1], c.pixel_channels, (3, 3, 3), dtype, rngs)
+        self.conv_out = CausalConv(out_dims[-1], c.pixel_channels, 3, dtype, rngs)
 
     def __call__(
         self, latent_BTHWC: Float[Array, "b s y x c"], *, tiling: Tiling | None = None
@@ -237,32 +240,38 @@ def blank_frames(like_BTHWC: jax.Array, count: int) -> jax.Array:
     return jnp.zeros((like_BTHWC.shape[0], count, *like_BTHWC.shape[2:]), like_BTHWC.dtype)
 
 
-class CausalConv(nnx.Conv):
+class CausalConv(nnx.Module):
     """Convolution over three frames, of which the output's frame is the last, and a window of rows and columns."""
 
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        window: tuple[int, int, int],
-        dtype: Any,
-        rngs: nnx.Rngs,
-        time_stride: int = 1,
-    ):
-        margin = window[1] // 2
-        super().__init__(
-            in_dim,
-            out_dim,
-            window,
-            strides=(time_stride, 1, 1),
-            padding=((0, 0), (margin, margin), (margin, margin)),
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.frames_before = window[0] - time_stride
+    def __init__(self, in_dim: int, out_dim: int, window: int, dtype: Any, rngs: nnx.Rngs, *, time_stride: int = 1):
+        init = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (FRAMES, window, window, in_dim, out_dim)))
+        self.bias = nnx.Param(jnp.zeros(out_dim))
+        self.dtype, self.time_stride = dtype, time_stride
 
     def __call__(self, x_BTHWC: jax.Array, past: Past) -> jax.Array:
-        return super().__call__(past.prepend(x_BTHWC, self.frames_before))
+        x_BTHWC = past.prepend(x_BTHWC, FRAMES - self.time_stride)
+        y_BTHWC = convolve(x_BTHWC, self.kernel[...].astype(self.dtype), self.time_stride)
+        return y_BTHWC + self.bias[...].astype(self.dtype).reshape(1, 1, 1, 1, -1)
+
+
+def convolve(x_BTHWC: jax.Array, kernel_THWIO: jax.Array, time_stride: int) -> jax.Array:
+    """Convolution without padding of frames, and with "same" padding of rows and columns.
+
+    Done as a convolution of images whose channels are those of all frames under the window: the same products and
+    sums as a convolution over frames, for which compilers have slower kernels.
+    """
+    window = len(kernel_THWIO)
+    ends = x_BTHWC.shape[1] - window + 1
+    x = jnp.concatenate([x_BTHWC[:, k : k + ends : time_stride] for k in range(window)], axis=-1)
+    y = lax.conv_general_dilated(
+        rearrange(x, "b t h w c -> (b t) h w c"),
+        rearrange(kernel_THWIO, "t h w i o -> h w (t i) o"),
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return rearrange(y, "(b t) h w c -> b t h w c", b=len(x))
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -277,8 +286,8 @@ class ResidualBlock(nnx.Module):
 
     def __init__(self, in_dim: int, out_dim: int, dtype: Any, rngs: nnx.Rngs):
         self.norm1, self.norm2 = RMSNorm(in_dim, rngs), RMSNorm(out_dim, rngs)
-        self.conv1 = CausalConv(in_dim, out_dim, (3, 3, 3), dtype, rngs)
-        self.conv2 = CausalConv(out_dim, out_dim, (3, 3, 3), dtype, rngs)
+        self.conv1 = CausalConv(in_dim, out_dim, 3, dtype, rngs)
+        self.conv2 = CausalConv(out_dim, out_dim, 3, dtype, rngs)
         self.shortcut = None if in_dim == out_dim else nnx.Linear(in_dim, out_dim, dtype=dtype, rngs=rngs)
         self.dtype = dtype
 
@@ -370,10 +379,8 @@ class Downsample(nnx.Module):
     """A strided convolution of each frame, then, if `time_factor` is 2, one over frames; the first stays alone."""
 
     def __init__(self, dim: int, time_factor: int, dtype: Any, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(
-            dim, dim, (1, 3, 3), strides=(1, 2, 2), padding=((0, 0), (0, 1), (0, 1)), dtype=dtype, rngs=rngs
-        )
-        self.time_conv = CausalConv(dim, dim, (3, 1, 1), dtype, rngs, time_stride=2) if time_factor == 2 else None
+        self.conv = nnx.Conv(dim, dim, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=dtype, rngs=rngs)
+        self.time_conv = CausalConv(dim, dim, 1, dtype, rngs, time_stride=2) if time_factor == 2 else None
 
     def __call__(self, x_BTHWC: jax.Array, past: Past) -> jax.Array:
         x_BTHWC = self.conv(x_BTHWC)
@@ -389,12 +396,12 @@ class Upsample(nnx.Module):
     """If `time_factor` is 2, two frames from each but the first; then every pixel four times, and a convolution."""
 
     def __init__(self, dim: int, out_dim: int, time_factor: int, dtype: Any, rngs: nnx.Rngs):
-        self.time_conv = CausalConv(dim, 2 * dim, (3, 1, 1), dtype, rngs) if time_factor == 2 else None
-        self.conv = nnx.Conv(dim, out_dim, (1, 3, 3), padding="SAME", dtype=dtype, rngs=rngs)
+        self.time_conv = CausalConv(dim, 2 * dim, 1, dtype, rngs) if time_factor == 2 else None
+        self.conv = nnx.Conv(dim, out_dim, (3, 3), dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BTHWC: jax.Array, past: Past) -> jax.Array:
         if self.time_conv is not None and past.is_first:
-            past.keep(blank_frames(x_BTHWC, 2))  # to what follows, the first frame is as if it had not been
+            past.keep(blank_frames(x_BTHWC, FRAMES - 1))  # to what follows, the first frame is as if it had not been
         elif self.time_conv is not None:
             x_BTHWC = rearrange(self.time_conv(x_BTHWC, past), "b t h w (n c) -> b (t n) h w c", n=2)
         return self.conv(jnp.repeat(jnp.repeat(x_BTHWC, 2, axis=2), 2, axis=3))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,17 +51,22 @@ def tensors(name):
     return {key: tensor.numpy() for key, tensor in theirs(name).state_dict().items()}
 
 
+def abstract_params(name):
+    return functional(lambda rngs: VAE(CONFIGS[name], rngs=rngs)).abstract_params()
+
+
 @functools.cache
-def ours(name):
-    """(encode, decode), with diffusers' weights."""
-    config = CONFIGS[name]
-    abstract = functional(lambda rngs: VAE(config, rngs=rngs)).abstract_params()
-    params = params_from_published(tensors(name), abstract, vae_table(config, "diffusers"))
-    encoder, decoder = (functional(lambda rngs, part=part: part(config, rngs=rngs)) for part in (Encoder, Decoder))
-    return (
-        functools.partial(encoder.apply, params["encoder"]),
-        functools.partial(decoder.apply, params["decoder"]),
-    )
+def params(name):
+    return params_from_published(tensors(name), abstract_params(name), vae_table(CONFIGS[name], "diffusers"))
+
+
+def run(name, part, x, tiling=None):
+    """Our encoder or decoder with diffusers' weights."""
+    cls = {"encoder": Encoder, "decoder": Decoder}[part]
+    apply = functional(lambda rngs: cls(CONFIGS[name], rngs=rngs)).apply
+    # The program runs for milliseconds and compiles for seconds.
+    fast = jax.jit(functools.partial(apply, tiling=tiling), compiler_options={"xla_backend_optimization_level": 0})
+    return fast(params(name)[part], jnp.asarray(x))
 
 
 def video(frames, rows, columns):
@@ -101,7 +107,7 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_encode(name, frames):
     x = video(frames, 32, 48)
-    assert_close(ours(name)[0](jnp.asarray(x)), encode_theirs(name, x))
+    assert_close(run(name, "encoder", x), encode_theirs(name, x))
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])
@@ -110,4 +116,50 @@ def test_decode(name, frames):
     z = latent(name, frames, 3, 4)
     expected = decode_theirs(name, z)
     assert (np.abs(expected) < 1).mean() > 0.5  # the clip to [-1, 1] hides little
-    assert_close(ours(name)[1](jnp.asarray(z)), expected)
+    assert_close(run(name, "decoder", z), expected)
+
+
+@pytest.fixture
+def their_tiles(monkeypatch):
+    """Makes diffusers tile: squares of `size` pixels, `stride` apart."""
+
+    def tile(name, size, stride):
+        monkeypatch.setattr(theirs(name), "use_tiling", True)
+        for axis in ("height", "width"):
+            monkeypatch.setattr(theirs(name), f"tile_sample_min_{axis}", size)
+            monkeypatch.setattr(theirs(name), f"tile_sample_stride_{axis}", stride)
+
+    return tile
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tiled_encode(name, their_tiles):
+    """Two rows of two tiles, cut at the edges. diffusers counts the tile in patches here."""
+    their_tiles(name, size=32, stride=24)
+    x = video(1, 40 * CONFIGS[name].patch, 48 * CONFIGS[name].patch)
+    assert_close(run(name, "encoder", x, Tiling(size=4, stride=3)), encode_theirs(name, x))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tiled_decode(name, their_tiles):
+    """diffusers counts the tile in pixels here."""
+    block = 8 * CONFIGS[name].patch
+    their_tiles(name, size=4 * block, stride=3 * block)
+    z = latent(name, 1, 5, 6)
+    assert_close(run(name, "decoder", z, Tiling(size=4, stride=3)), decode_theirs(name, z))
+
+
+def test_wan_names_are_those_that_diffusers_converts():
+    """From Wan2.1_VAE.pth's names, diffusers' own converter arrives at diffusers'."""
+    converted = convert_wan_vae_to_diffusers(published_tensors(params("wan2.1"), vae_table(CONFIGS["wan2.1"], "wan")))
+    assert converted.keys() == tensors("wan2.1").keys()
+    for key, tensor in tensors("wan2.1").items():
+        np.testing.assert_array_equal(converted[key], tensor)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_our_weights_are_diffusers_bit_for_bit(name):
+    published = published_tensors(params(name), vae_table(CONFIGS[name], "diffusers"))
+    assert published.keys() == tensors(name).keys()
+    for key, tensor in tensors(name).items():
+        np.testing.assert_array_equal(published[key], tensor)
