@@ -1,46 +1,63 @@
-"""Wan's published parameter names and layouts, to and from the pytree of models/wan.py.
+"""Tensor names and layouts of Wan networks: Wan's own and rCM's, which are one, and diffusers'.
 
-The names are those of Wan's own release. Two layouts of the patch embedding exist: Wan's files hold a Conv3d kernel
-(out, in, kt, kh, kw), rCM's a matrix (out, in * kt * kh * kw); both are read, `patch_layout` chooses what is written.
+Wan's and diffusers' files hold the patch embedding as a Conv3d kernel (out, in, kt, kh, kw), rCM's as a matrix
+(out, in * kt * kh * kw); both are read.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import jax
 import numpy as np
-from flax import traverse_util
 
-from rcm_jax.config import UserError
+from rcm_jax.convert.names import collect_params, make_table, rename_params
 from rcm_jax.models.wan import WanConfig
 
-# Our module path -> Wan's. A linear kernel is the transposed weight, a norm's scale its weight.
-_RENAMES = (
-    ("text_embedding.up", "text_embedding.0"),
-    ("text_embedding.down", "text_embedding.2"),
-    ("time_embedding.up", "time_embedding.0"),
-    ("time_embedding.down", "time_embedding.2"),
-    ("time_projection", "time_projection.1"),
-    ("ffn.up", "ffn.0"),
-    ("ffn.down", "ffn.2"),
+# Our module, Wan's, diffusers'.
+_MODULES = (
+    ("patch_embedding", "patch_embedding", "patch_embedding"),
+    ("text_embedding.up", "text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.down", "text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("image_embedding.norm_in", "img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+    ("image_embedding.mlp.up", "img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    ("image_embedding.mlp.down", "img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    ("image_embedding.norm_out", "img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    ("time_embedding.up", "time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.down", "time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection", "time_projection.1", "condition_embedder.time_proj"),
+    ("head.modulation", "head.modulation", "scale_shift_table"),
+    ("head.head", "head.head", "proj_out"),
 )
+_BLOCK_MODULES = (
+    ("modulation", "modulation", "scale_shift_table"),
+    ("self_attn.q", "self_attn.q", "attn1.to_q"),
+    ("self_attn.k", "self_attn.k", "attn1.to_k"),
+    ("self_attn.v", "self_attn.v", "attn1.to_v"),
+    ("self_attn.o", "self_attn.o", "attn1.to_out.0"),
+    ("self_attn.norm_q", "self_attn.norm_q", "attn1.norm_q"),
+    ("self_attn.norm_k", "self_attn.norm_k", "attn1.norm_k"),
+    ("norm3", "norm3", "norm2"),
+    ("cross_attn.q", "cross_attn.q", "attn2.to_q"),
+    ("cross_attn.k", "cross_attn.k", "attn2.to_k"),
+    ("cross_attn.v", "cross_attn.v", "attn2.to_v"),
+    ("cross_attn.o", "cross_attn.o", "attn2.to_out.0"),
+    ("cross_attn.norm_q", "cross_attn.norm_q", "attn2.norm_q"),
+    ("cross_attn.norm_k", "cross_attn.norm_k", "attn2.norm_k"),
+    ("cross_attn.k_img", "cross_attn.k_img", "attn2.add_k_proj"),
+    ("cross_attn.v_img", "cross_attn.v_img", "attn2.add_v_proj"),
+    ("cross_attn.norm_k_img", "cross_attn.norm_k_img", "attn2.norm_added_k"),
+    ("ffn.up", "ffn.0", "ffn.net.0.proj"),
+    ("ffn.down", "ffn.2", "ffn.net.2"),
+)
+WAN = make_table(_MODULES, _BLOCK_MODULES, column=1, blocks="blocks")
+DIFFUSERS = make_table(_MODULES, _BLOCK_MODULES, column=2, blocks="blocks")
 
 
 def wan_tensors(
     params: dict[str, Any], config: WanConfig, *, patch_layout: Literal["linear", "conv3d"] = "linear"
 ) -> dict[str, np.ndarray]:
     """The parameters by Wan's names, in Wan's layout, as numpy arrays of the dtype they have."""
-    tensors = {}
-    for path, value in _flat(params).items():
-        stacked = np.asarray(jax.device_get(value))
-        stacked = stacked if _is_stacked(path) else stacked[None]
-        for name, array in zip(_wan_names(path, len(stacked)), stacked, strict=True):
-            tensors[name] = _to_wan(path, array)
-    if patch_layout == "conv3d":
-        weight = tensors["patch_embedding.weight"]
-        tensors["patch_embedding.weight"] = weight.reshape(len(weight), config.in_channels, *config.patch)
-    return tensors
+    tensors = rename_params(params, WAN)
+    return _as_conv3d(tensors, config) if patch_layout == "conv3d" else tensors
 
 
 def params_from_wan(
@@ -50,50 +67,21 @@ def params_from_wan(
 
     Raises UserError that lists every missing, unexpected or wrong-shaped tensor of `source` by name.
     """
-    faults, values, expected = [], {}, set()
-    for path, leaf in _flat(abstract_params).items():
-        layers, shape = (leaf.shape[0], leaf.shape[1:]) if _is_stacked(path) else (1, leaf.shape)
-        arrays = []
-        for name in _wan_names(path, layers):
-            expected.add(name)
-            if name not in tensors:
-                faults.append(f"missing {name}")
-                continue
-            array = _from_wan(path, np.asarray(tensors[name]))
-            if array.shape != shape:
-                faults.append(f"{name} has shape {tuple(np.shape(tensors[name]))}, the network's {path} takes {shape}")
-            arrays.append(array.astype(leaf.dtype))
-        if not faults:
-            values[path] = np.stack(arrays) if _is_stacked(path) else arrays[0]
-    faults += [f"unexpected {name}" for name in sorted(set(tensors) - expected)]
-    if faults:
-        raise UserError(f"{source} does not fit the network, nothing was loaded: " + "; ".join(faults))
-    return traverse_util.unflatten_dict(values, sep=".")
+    return collect_params(tensors, abstract_params, WAN, source=source)
 
 
-def _flat(params: dict[str, Any]) -> dict[str, Any]:
-    return dict(traverse_util.flatten_dict(params, sep="."))
+def diffusers_tensors(params: dict[str, Any], config: WanConfig) -> dict[str, np.ndarray]:
+    """The parameters as diffusers' WanTransformer3DModel holds them, as numpy arrays of the dtype they have."""
+    return _as_conv3d(rename_params(params, DIFFUSERS), config)
 
 
-def _is_stacked(path: str) -> bool:
-    return path.startswith("blocks.")
+def params_from_diffusers(
+    tensors: Mapping[str, Any], abstract_params: dict[str, Any], *, source: str = "checkpoint"
+) -> dict[str, Any]:
+    """As params_from_wan, from tensors of diffusers' WanTransformer3DModel."""
+    return collect_params(tensors, abstract_params, DIFFUSERS, source=source)
 
 
-def _wan_names(path: str, layers: int) -> list[str]:
-    name = path
-    for ours, theirs in _RENAMES:
-        name = re.sub(rf"(^|\.){re.escape(ours)}(?=\.)", rf"\g<1>{theirs}", name)
-    name = re.sub(r"\.(kernel|scale)$", ".weight", name)
-    return [name.replace("blocks.", f"blocks.{layer}.", 1) for layer in range(layers)] if _is_stacked(path) else [name]
-
-
-def _to_wan(path: str, array: np.ndarray) -> np.ndarray:
-    if path.endswith(".kernel"):
-        return array.T
-    return array[None] if path.endswith("modulation") else array
-
-
-def _from_wan(path: str, array: np.ndarray) -> np.ndarray:
-    if path.endswith(".kernel"):  # a Conv3d patch kernel is a matrix once its window is flattened
-        return array.reshape(len(array), -1).T
-    return array[0] if path.endswith("modulation") and len(array) == 1 else array
+def _as_conv3d(tensors: dict[str, np.ndarray], config: WanConfig) -> dict[str, np.ndarray]:
+    weight = tensors["patch_embedding.weight"]
+    return tensors | {"patch_embedding.weight": weight.reshape(len(weight), config.in_channels, *config.patch)}
