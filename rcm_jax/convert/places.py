@@ -25,6 +25,33 @@ class Place(NamedTuple):
 Table = Callable[[str, tuple[int, ...]], Place | list[Place]]
 
 
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+
+def named_table(names: Mapping[str, str]) -> Table:
+    """The table of a network from our modules' names, or parameters', to the published ones.
+
+    "{}" stands for the number of the layer in the names of stacked parameters.
+    """
+
+    def table(path: str, shape: tuple[int, ...]) -> Place | list[Place]:
+        module, _, leaf = path.rpartition(".")
+        name = names[path] if path in names else f"{names[module]}.{_LEAVES[leaf]}"
+        if "{}" not in name:
+            return Place(name, published_shape(path, shape))
+        return [Place(name.format(layer), published_shape(path, shape[1:])) for layer in range(shape[0])]
+
+    return table
+
+
+def published_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the parameter at `path`, of one layer, as PyTorch has it."""
+    if not path.endswith("kernel"):
+        return shape
+    *window, in_dim, out_dim = shape
+    return (out_dim, in_dim, *window)
+
+
 def published_tensors(params: dict[str, Any], table: Table) -> dict[str, np.ndarray]:
     """The parameters by their published names, as numpy arrays of the dtype they have."""
     tensors = {}
@@ -64,7 +91,7 @@ def publish(path: str, array: np.ndarray, place: Place) -> np.ndarray:
     """The parameter of ours at `path`, of one layer, as it lies at its place."""
     if path.endswith("kernel"):
         array = np.moveaxis(array, (-1, -2), (0, 1))
-    return array.reshape(place.shape)
+    return np.ascontiguousarray(array).reshape(place.shape)
 
 
 def adopt(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

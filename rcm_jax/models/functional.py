@@ -11,7 +11,7 @@ class Network(NamedTuple):
     """`init(key) -> params` and `apply(params, *args, **kwargs)`, as of one NNX module."""
 
     init: Callable[[jax.Array], dict[str, Any]]
-    apply: Callable[..., jax.Array]
+    apply: Callable[..., Any]
 
     def abstract_params(self) -> dict[str, Any]:
         """Shapes and dtypes of the parameters; allocates nothing."""
@@ -25,7 +25,7 @@ def functional(create: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     def init(key: jax.Array) -> dict[str, Any]:
         return nnx.to_pure_dict(nnx.state(create(nnx.Rngs(key)), nnx.Param))
 
-    def apply(params: dict[str, Any], *args: Any, **kwargs: Any) -> jax.Array:
+    def apply(params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return nnx.merge(graph, params)(*args, **kwargs)
 
     return Network(init, apply)
