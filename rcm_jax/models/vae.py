@@ -146,19 +146,18 @@ class Encoder(nnx.Module):
         x = rearrange(video_BTHWC, "b t (h q) (w r) c -> b t h w (c r q)", q=c.patch, r=c.patch)
         run = functools.partial(run_by_chunks, self, frames_in=c.frame_factor, frames_out=1)
         if tiling is None:
-            x = run(x)
-        else:
-            x = run_by_tiles(run, x, size=tiling.size * c.space_factor, stride=tiling.stride * c.space_factor)
-        return (x - _channels(c.latent_mean)) / _channels(c.latent_std)
+            return run(x)
+        return run_by_tiles(run, x, size=tiling.size * c.space_factor, stride=tiling.stride * c.space_factor)
 
     def run_chunk(self, x_BTHWC: jax.Array, past: "Past") -> jax.Array:
-        """Latent mean, float32 and not normalised, of the first frame or of the next four."""
+        """One latent frame, of patches of the first frame or of the next four."""
         x = self.conv_in(x_BTHWC.astype(self.dtype), past)
         for level in self.levels:
             x = level(x, past)
         x = self.middle(x, past)
         x = self.conv_out(jax.nn.silu(self.norm_out(x)).astype(self.dtype), past)
-        return self.quant(x)[..., : self.config.latent_channels].astype(jnp.float32)
+        mean = self.quant(x)[..., : self.config.latent_channels].astype(jnp.float32)
+        return (mean - _channels(self.config.latent_mean)) / _channels(self.config.latent_std)
 
 
 class Decoder(nnx.Module):
@@ -196,15 +195,17 @@ class Decoder(nnx.Module):
             raise ValueError(
                 f"latent has {latent_BTHWC.shape[-1]} channels, the decoder takes {c.latent_channels}: check the preset"
             )
-        x = latent_BTHWC.astype(jnp.float32) * _channels(c.latent_std) + _channels(c.latent_mean)
         run = functools.partial(run_by_chunks, self, frames_in=1, frames_out=c.frame_factor)
+        x = latent_BTHWC
         x = run(x) if tiling is None else run_by_tiles(run, x, size=tiling.size, stride=tiling.stride)
         video = rearrange(x, "b t h w (c r q) -> b t (h q) (w r) c", q=c.patch, r=c.patch)
         return jnp.clip(video, -1, 1)
 
     def run_chunk(self, x_BTHWC: jax.Array, past: "Past") -> jax.Array:
         """Patches of pixels, float32, of one latent frame: one frame of them for the first, four for every other."""
-        x = self.conv_in(self.quant(x_BTHWC.astype(self.dtype)), past)
+        c = self.config
+        x = x_BTHWC.astype(jnp.float32) * _channels(c.latent_std) + _channels(c.latent_mean)
+        x = self.conv_in(self.quant(x.astype(self.dtype)), past)
         x = self.middle(x, past)
         for level in self.levels:
             x = level(x, past)
