@@ -129,7 +129,9 @@ def test_each_shape_of_tile_compiles_once(monkeypatch):
     x = normal(1, 1, 1, 16, CONFIGS["wan2.1"].latent_channels)  # five tiles of 4 columns, then one of 1
     traced = []
     run_chunk = Decoder.run_chunk
-    monkeypatch.setattr(Decoder, "run_chunk", lambda self, x, past: (traced.append(x.shape), run_chunk(self, x, past))[1])
+    monkeypatch.setattr(
+        Decoder, "run_chunk", lambda self, x, past: (traced.append(x.shape), run_chunk(self, x, past))[1]
+    )
     build(Decoder, "wan2.1").apply(params(Decoder, "wan2.1"), x, tiling=Tiling(size=4, stride=3))
     assert [shape[3] for shape in traced] == [4, 1]
 
@@ -156,9 +158,9 @@ def test_bfloat16_keeps_parameters_in_float32():
 
 def full_size(preset, part):
     network = functional(lambda rngs: part(PRESETS[preset], dtype=jnp.bfloat16, rngs=rngs))
-    return lambda shape: jax.eval_shape(
-        network.apply, network.abstract_params(), jax.ShapeDtypeStruct(shape, jnp.float32)
-    ).shape
+    return lambda shape: (
+        jax.eval_shape(network.apply, network.abstract_params(), jax.ShapeDtypeStruct(shape, jnp.float32)).shape
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,11 +262,9 @@ def published_wan22():
 )
 def test_a_preset_has_the_tensors_of_the_published_file(preset, published, total):
     """Published as 127M and 705M parameters."""
-    abstract = functional(lambda rngs: VAE(PRESETS[preset], rngs=rngs)).abstract_params()
-    places = {
-        layout: dict(vae_table(PRESETS[preset], layout)(path, leaf.shape) for path, leaf in flat_params(abstract).items())
-        for layout in ("wan", "diffusers")
-    }
+    leaves = flat_params(functional(lambda rngs: VAE(PRESETS[preset], rngs=rngs)).abstract_params())
+    tables = {layout: vae_table(PRESETS[preset], layout) for layout in ("wan", "diffusers")}
+    places = {key: dict(table(path, leaf.shape) for path, leaf in leaves.items()) for key, table in tables.items()}
     assert places["wan"] == published
     for shapes in places.values():
         assert sum(math.prod(shape) for shape in shapes.values()) == total
@@ -288,7 +288,7 @@ def test_every_tensor_that_does_not_fit_is_named(tensors):
     del tensors["conv2.bias"]
     tensors["conv3.bias"] = np.zeros(3)
     tensors["decoder.conv1.bias"] = np.zeros(3)
-    with pytest.raises(UserError, match="some.pth does not fit the network, nothing was loaded: ") as error:
+    with pytest.raises(UserError, match=r"some\.pth does not fit the network, nothing was loaded: ") as error:
         collect(tensors)
     faults = str(error.value).partition("loaded: ")[2].split("; ")
     assert faults == [

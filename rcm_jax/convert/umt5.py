@@ -10,8 +10,8 @@ Layout = Literal["wan", "transformers"]
 
 _WAN = {
     "embedding": "token_embedding.weight",
+    "position_bias": "blocks.{}.pos_embedding.embedding.weight",
     "blocks.norm1": "blocks.{}.norm1",
-    "blocks.position_bias": "blocks.{}.pos_embedding.embedding.weight",
     "blocks.attention.q": "blocks.{}.attn.q",
     "blocks.attention.k": "blocks.{}.attn.k",
     "blocks.attention.v": "blocks.{}.attn.v",
@@ -24,9 +24,8 @@ _WAN = {
 }
 _TRANSFORMERS = {
     "embedding": "shared.weight",
-    "position_bias": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "position_bias": "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight",
     "blocks.norm1": "encoder.block.{}.layer.0.layer_norm",
-    "blocks.position_bias": "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight",
     "blocks.attention.q": "encoder.block.{}.layer.0.SelfAttention.q",
     "blocks.attention.k": "encoder.block.{}.layer.0.SelfAttention.k",
     "blocks.attention.v": "encoder.block.{}.layer.0.SelfAttention.v",

@@ -101,7 +101,8 @@ class Block(nnx.Module):
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         y = self.norm1(x_BLD).astype(self.dtype)
         q, k, v = (rearrange(f(y), "b l (n h) -> b l n h", n=self.heads) for f in (self.q, self.k, self.v))
-        x_BLD = x_BLD + self.o(rearrange(pallas_kernels.attention(q, k, v), "b l n h -> b l (n h)"))
+        out, _ = pallas_kernels.attention(q, k, v, return_lse=True)
+        x_BLD = x_BLD + self.o(rearrange(out, "b l n h -> b l (n h)"))
         return x_BLD + self.ffn(self.norm2(x_BLD).astype(self.dtype))
 
 

@@ -71,20 +71,24 @@ class T5Encoder(nnx.Module):
         c = config
         self.config, self.dtype = config, dtype
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (c.vocabulary, c.dim)))
-        self.position_bias = _position_bias(config, rngs) if c.shared_bias else None
+        tables = (1 if c.shared_bias else c.layers, c.buckets, c.heads)
+        self.position_bias = nnx.Param(jax.random.normal(rngs.params(), tables) / math.sqrt(c.buckets))
         self.blocks = stack_blocks(lambda rngs: Block(config, dtype, rngs), c.layers, rngs)
         self.norm_out = rms_norm(c.dim, c.norm_eps, rngs)
 
     def __call__(self, ids_BS: Int[Array, "b s"], mask_BS: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
-        """Embeddings, float32, of the tokens that the mask marks, and zeros elsewhere, as the diffusion models expect."""
+        """Embeddings, float32, of the tokens that the mask marks; zeros elsewhere, as the diffusion models expect."""
         graph, params = nnx.split(self.blocks)
         bucket_SS = position_buckets(ids_BS.shape[1], self.config)
-        shared_NSS = None if self.position_bias is None else _gather_bias(self.position_bias[...], bucket_SS)
+        table_shape = (self.config.layers, *self.position_bias.shape[1:])
 
-        def step(x_BSD: jax.Array, params: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, params)(x_BSD, mask_BS, bucket_SS, shared_NSS), None
+        def step(x_BSD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+            params, table_RN = layer
+            bias_NSS = rearrange(table_RN[bucket_SS], "q k n -> n q k")
+            return nnx.merge(graph, params)(x_BSD, mask_BS, bias_NSS), None
 
-        x_BSD, _ = lax.scan(step, self.embedding[...][ids_BS].astype(self.dtype), params)
+        x_BSD = self.embedding[...][ids_BS].astype(self.dtype)
+        x_BSD, _ = lax.scan(step, x_BSD, (params, jnp.broadcast_to(self.position_bias[...], table_shape)))
         return jnp.where(mask_BS[..., None], self.norm_out(x_BSD), 0)
 
 
@@ -94,7 +98,6 @@ class Block(nnx.Module):
     def __init__(self, config: T5Config, dtype: Any, rngs: nnx.Rngs):
         c = config
         self.norm1, self.norm2 = (rms_norm(c.dim, c.norm_eps, rngs) for _ in range(2))
-        self.position_bias = None if c.shared_bias else _position_bias(config, rngs)
         self.attention = Attention(config, dtype, rngs)
         self.ffn = (
             GatedMLP(c.dim, c.ffn_dim, dtype, rngs)
@@ -103,10 +106,7 @@ class Block(nnx.Module):
         )
         self.dtype = dtype
 
-    def __call__(
-        self, x_BSD: jax.Array, mask_BS: jax.Array, bucket_SS: np.ndarray, shared_bias_NSS: jax.Array | None
-    ) -> jax.Array:
-        bias_NSS = shared_bias_NSS if self.position_bias is None else _gather_bias(self.position_bias[...], bucket_SS)
+    def __call__(self, x_BSD: jax.Array, mask_BS: jax.Array, bias_NSS: jax.Array) -> jax.Array:
         x_BSD = x_BSD + self.attention(self.norm1(x_BSD).astype(self.dtype), mask_BS, bias_NSS)
         return x_BSD + self.ffn(self.norm2(x_BSD).astype(self.dtype))
 
@@ -150,11 +150,3 @@ def position_buckets(length: int, config: T5Config) -> np.ndarray:
     growth = np.log(np.maximum(distance, single) / single) / math.log(config.max_distance / single)
     ranges = np.minimum(single + (growth * (half - single)).astype(np.int32), half - 1)
     return (np.where(distance < single, distance, ranges) + half * (offset > 0)).astype(np.int32)
-
-
-def _position_bias(config: T5Config, rngs: nnx.Rngs) -> nnx.Param:
-    return nnx.Param(jax.random.normal(rngs.params(), (config.buckets, config.heads)) / math.sqrt(config.buckets))
-
-
-def _gather_bias(table: jax.Array, bucket_SS: np.ndarray) -> jax.Array:
-    return rearrange(table[bucket_SS], "q k n -> n q k")

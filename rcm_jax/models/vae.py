@@ -9,7 +9,6 @@ Precision: norms, SiLU, attention's softmax and the latent's normalisation are f
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -423,9 +422,7 @@ def repeat_up(x_BTHWC: jax.Array, out_dim: int, factors: tuple[int, int]) -> jax
     return rearrange(x, "b t h w (c k q r) -> b (t k) (h q) (w r) c", k=time, q=space, r=space)
 
 
-def run_by_chunks(
-    network: Encoder | Decoder, x_BTHWC: jax.Array, *, frames_in: int, frames_out: int
-) -> jax.Array:
+def run_by_chunks(network: Encoder | Decoder, x_BTHWC: jax.Array, *, frames_in: int, frames_out: int) -> jax.Array:
     """Runs over the first frame, which gives one, then over chunks of `frames_in`, which give `frames_out` each."""
     return _run_by_chunks(*nnx.split(network), x_BTHWC, frames_in, frames_out)
 
