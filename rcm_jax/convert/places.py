@@ -84,7 +84,7 @@ def params_from_published(
                 values[path] = np.empty(leaf.shape, leaf.dtype)
                 for layer, place in zip(values[path], layers, strict=True):
                     layer[...] = adopt(path, np.asarray(tensors[place.name]), layer.shape)
-    return traverse_util.unflatten_dict({_keys(path): value for path, value in values.items()})
+    return traverse_util.unflatten_dict(values, sep=".")
 
 
 def publish(path: str, array: np.ndarray, place: Place) -> np.ndarray:
@@ -104,12 +104,7 @@ def adopt(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def flat_params(params: dict[str, Any]) -> dict[str, Any]:
     """The leaves of a tree of parameters by dotted path."""
-    return {".".join(map(str, keys)): leaf for keys, leaf in traverse_util.flatten_dict(params).items()}
-
-
-def _keys(path: str) -> tuple[str | int, ...]:
-    """The keys of a dotted path; those of a list are numbers."""
-    return tuple(int(key) if key.isdecimal() else key for key in path.split("."))
+    return dict(traverse_util.flatten_dict(params, sep="."))
 
 
 def _check_tensors(tensors: Mapping[str, Any], places: Mapping[str, Place | list[Place]], source: str) -> None:
