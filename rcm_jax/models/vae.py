@@ -4,7 +4,7 @@ Time is causal: the first frame is a latent frame of its own, every four frames 
 through the network in chunks, the first frame alone and then four frames (one latent frame) at a time, and each causal
 layer is handed the last frames it saw before: any length takes the memory of one chunk and gives what the whole would.
 
-Precision: norms, SiLU, attention's softmax and the latent's normalisation are float32; convolutions are in `dtype`.
+Precision: norms, SiLU, attention's softmax and what is done to latents alone are float32; the rest is in `dtype`.
 """
 
 import dataclasses
@@ -130,7 +130,7 @@ class Encoder(nnx.Module):
         self.middle = Middle(dims[-1], dtype, rngs)
         self.norm_out = RMSNorm(dims[-1], rngs)
         self.conv_out = CausalConv(dims[-1], 2 * c.latent_channels, 3, dtype, rngs)
-        self.quant = nnx.Linear(2 * c.latent_channels, 2 * c.latent_channels, dtype=dtype, rngs=rngs)
+        self.quant = nnx.Linear(2 * c.latent_channels, 2 * c.latent_channels, dtype=jnp.float32, rngs=rngs)
 
     def __call__(
         self, video_BTHWC: Float[Array, "b t h w 3"], *, tiling: Tiling | None = None
@@ -155,7 +155,7 @@ class Encoder(nnx.Module):
             x = level(x, past)
         x = self.middle(x, past)
         x = self.conv_out(jax.nn.silu(self.norm_out(x)).astype(self.dtype), past)
-        mean = self.quant(x)[..., : self.config.latent_channels].astype(jnp.float32)
+        mean = self.quant(x)[..., : self.config.latent_channels]
         return (mean - _channels(self.config.latent_mean)) / _channels(self.config.latent_std)
 
 
@@ -169,7 +169,7 @@ class Decoder(nnx.Module):
         in_dims = [out_dims[0]] + [dim if c.shortcuts else dim // 2 for dim in out_dims[:-1]]
         factors = reversed(_factors(config)[:-1])
         self.config, self.dtype = config, dtype
-        self.quant = nnx.Linear(c.latent_channels, c.latent_channels, dtype=dtype, rngs=rngs)
+        self.quant = nnx.Linear(c.latent_channels, c.latent_channels, dtype=jnp.float32, rngs=rngs)
         self.conv_in = CausalConv(c.latent_channels, out_dims[0], 3, dtype, rngs)
         self.middle = Middle(out_dims[0], dtype, rngs)
         self.levels = nnx.List(
@@ -195,16 +195,18 @@ class Decoder(nnx.Module):
                 f"latent has {latent_BTHWC.shape[-1]} channels, the decoder takes {c.latent_channels}: check the preset"
             )
         run = functools.partial(run_by_chunks, self, frames_in=1, frames_out=c.frame_factor)
-        x = latent_BTHWC
-        x = run(x) if tiling is None else run_by_tiles(run, x, size=tiling.size, stride=tiling.stride)
+        if tiling is None:
+            x = run(latent_BTHWC)
+        else:
+            x = run_by_tiles(run, latent_BTHWC, size=tiling.size, stride=tiling.stride)
         video = rearrange(x, "b t h w (c r q) -> b t (h q) (w r) c", q=c.patch, r=c.patch)
         return jnp.clip(video, -1, 1)
 
     def run_chunk(self, x_BTHWC: jax.Array, past: "Past") -> jax.Array:
         """Patches of pixels, float32, of one latent frame: one frame of them for the first, four for every other."""
         c = self.config
-        x = x_BTHWC.astype(jnp.float32) * _channels(c.latent_std) + _channels(c.latent_mean)
-        x = self.conv_in(self.quant(x.astype(self.dtype)), past)
+        x = self.quant(x_BTHWC * _channels(c.latent_std) + _channels(c.latent_mean))
+        x = self.conv_in(x.astype(self.dtype), past)
         x = self.middle(x, past)
         for level in self.levels:
             x = level(x, past)
@@ -346,7 +348,9 @@ class DownLevel(nnx.Module):
             y = block(y, past)
         if self.resample is not None:
             y = self.resample(y, past)
-        return y + average_down(x_BTHWC, self.out_dim, self.factors) if self.has_shortcut else y
+        if not self.has_shortcut:
+            return y
+        return y + average_down(x_BTHWC, self.out_dim, self.factors)
 
 
 class UpLevel(nnx.Module):
@@ -478,8 +482,7 @@ def run_by_tiles(run: Callable[[jax.Array], jax.Array], x_BTHWC: jax.Array, *, s
 def _blend(before: jax.Array, tile: jax.Array, overlap: int, axis: int) -> jax.Array:
     """The tile, its first `overlap` rows or columns faded in over the last of the tile before it."""
     overlap = min(before.shape[axis], tile.shape[axis], overlap)
-    weight = (jnp.arange(overlap) / overlap).reshape(-1, *(1,) * (tile.ndim - 1 - axis))
-    weight = weight.reshape(*(1,) * axis, *weight.shape)
+    weight = jnp.expand_dims(jnp.arange(overlap) / overlap, [other for other in range(tile.ndim) if other != axis])
     old = lax.slice_in_dim(before, before.shape[axis] - overlap, None, axis=axis)
     new = lax.slice_in_dim(tile, 0, overlap, axis=axis)
     rest = lax.slice_in_dim(tile, overlap, None, axis=axis)
