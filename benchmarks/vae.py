@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from rcm_jax import media
+
 TASKS = ("encode", "decode")
 FORMS = ("images", "frames", "sums")
 
@@ -47,7 +49,7 @@ def main() -> None:
             print(_row(results[-1]) if len(results) > 1 else f"{HEAD}\n{_row(results[-1])}", flush=True)
     if arguments.out:
         command = " ".join(["python -m benchmarks.vae", *sys.argv[1:]])
-        arguments.out.write_text(json.dumps({"command": command, "results": results}, indent=1) + "\n")
+        media.write_file(arguments.out, media.json_text({"command": command, "results": results}, indent=1).encode())
 
 
 def measure_jax(model: str, task: str, form: str, shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:

@@ -7,13 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from safetensors.numpy import save_file
 
 from rcm_jax.convert.clip import clip_table, with_prefix
 from rcm_jax.convert.places import params_from_published, published_tensors
 from rcm_jax.convert.umt5 import t5_table, without_copies
+from rcm_jax.data.tokenizer import clean_prompt, load_tokenizer
 from rcm_jax.models import clip, umt5
 from rcm_jax.models.functional import functional
 
@@ -148,3 +151,27 @@ def test_our_weights_open_in_transformers(name, tmp_path):
     assert not report["unexpected_keys"]
     for key, tensor in numpy_tensors(network).items():
         np.testing.assert_array_equal(loaded.state_dict()[key].numpy(), tensor)
+
+
+def test_token_ids_and_mask_are_those_of_the_pipelines(tmp_path):
+    """diffusers' pipelines pad and cut to a length as here."""
+    pieces = ["<pad>", "</s>", "<s>", "<unk>", "▁a", "▁red", "▁cat", "▁", *"abcdert"]
+    file = tokenizers.Tokenizer(tokenizers.models.Unigram([(piece, -float(len(piece) < 2)) for piece in pieces], 3))
+    file.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    file.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    file.save(str(tmp_path / "tokenizer.json"))
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    prompts = ["a red cat", "", "a bad cat ☃", "a red cat " * 9]
+    expected = theirs(prompts, padding="max_length", max_length=12, truncation=True, return_tensors="np")
+    ids, mask = load_tokenizer(tmp_path, length=12)(prompts)
+    np.testing.assert_array_equal(ids, expected.input_ids)
+    np.testing.assert_array_equal(mask, expected.attention_mask.astype(bool))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["色调艳丽，过曝，静态，细节模糊不清", " a\t“red”  cat\n", "caf&eacute; &amp;amp; cafÃ©", "ＡＢＣ １２３"]
+)
+def test_prompts_are_cleaned_as_by_the_wan_pipeline(prompt):
+    assert clean_prompt(prompt) == prompt_clean(prompt)
