@@ -1,11 +1,14 @@
 """Tensor names of Cosmos-Predict2 networks: NVIDIA's own and diffusers'."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from rcm_jax.config import UserError
 from rcm_jax.convert.names import collect_params, make_table, rename_params
+from rcm_jax.models.cosmos import PRESETS, CosmosConfig
 
 # Our module, NVIDIA's, diffusers'.
 _MODULES = (
@@ -47,7 +50,7 @@ _NO_WEIGHTS = ("accum_", "pos_embedder.")
 
 
 def cosmos_tensors(params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The parameters by NVIDIA's names, as numpy arrays of the dtype they have; their files prefix these with "net."."""
+    """The parameters by NVIDIA's names without their "net." before each, as numpy arrays of the dtype they have."""
     return rename_params(params, COSMOS)
 
 
@@ -77,3 +80,61 @@ def params_from_diffusers(
 ) -> dict[str, Any]:
     """As params_from_cosmos, from tensors of diffusers' CosmosTransformer3DModel."""
     return collect_params(tensors, abstract_params, DIFFUSERS, source=source)
+
+
+def config_from_tensors(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> CosmosConfig:
+    """The shape of a network from its tensors' shapes, by NVIDIA's names, and its checkpoint's config.json.
+
+    No tensor tells how far the rotary embedding is stretched: that is `rope_scale` of diffusers' config.json, or else
+    that of the published network of the same width and input.
+
+    Raises:
+        UserError: a tensor that tells a size is missing or has another number of axes, or nothing tells the stretch.
+    """
+    patch_embedding = _matrix(shapes, "x_embedder.proj.1.weight")
+    head_dim = shapes.get("blocks.0.self_attn.q_norm.weight", (0,))[0]
+    if not head_dim or patch_embedding[0] % head_dim:
+        raise UserError(f"heads of {head_dim} do not fill a width of {patch_embedding[0]}: check --model")
+    dim, in_channels = patch_embedding[0], patch_embedding[1] // 4
+    known = {(preset.dim, preset.in_channels): preset.rope_scale for preset in PRESETS.values()}
+    rope_scale = settings.get("rope_scale", known.get((dim, in_channels)))
+    if rope_scale is None:
+        raise UserError(f"no published network has width {dim} and {in_channels} input channels: give a config.json")
+    blocks = {int(block[1]) for block in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if block}
+    return CosmosConfig(
+        dim=dim,
+        heads=dim // head_dim,
+        layers=len(blocks),
+        rope_scale=tuple(rope_scale),
+        in_channels=in_channels,
+        out_channels=_matrix(shapes, "final_layer.linear.weight")[0] // 4,
+        text_dim=_matrix(shapes, "blocks.0.cross_attn.k_proj.weight")[1],
+        lora_dim=_matrix(shapes, "blocks.0.adaln_modulation_mlp.1.weight")[0],
+    )
+
+
+def diffusers_settings(config: CosmosConfig) -> dict[str, Any]:
+    """The config.json of diffusers' CosmosTransformer3DModel."""
+    return {
+        "_class_name": "CosmosTransformer3DModel",
+        "_diffusers_version": "0.34.0",
+        "adaln_lora_dim": config.lora_dim,
+        "attention_head_dim": config.head_dim,
+        "concat_padding_mask": True,
+        "extra_pos_embed_type": None,
+        "in_channels": config.in_channels - 1,  # without the padding mask
+        "max_size": [128, 240, 240],
+        "mlp_ratio": 4.0,
+        "num_attention_heads": config.heads,
+        "num_layers": config.layers,
+        "out_channels": config.out_channels,
+        "patch_size": list(config.patch),
+        "rope_scale": list(config.rope_scale),
+        "text_embed_dim": config.text_dim,
+    }
+
+
+def _matrix(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
+    if len(shapes.get(name, ())) != 2:
+        raise UserError(f"the checkpoint has no matrix {name}: it is no Cosmos-Predict2 network, check --model")
+    return shapes[name]

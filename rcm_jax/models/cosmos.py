@@ -4,7 +4,9 @@ It differs from Wan in its modulation, which is a low-rank matrix of every layer
 (AdaLN-LoRA), in norms of queries and keys over single heads, in rotary frequencies stretched along each axis, in having
 no biases, and in a last input channel that marks padding.
 
-Precision and the stacked blocks are as in wan.py.
+As in NVIDIA's code the rotary embedding knows nothing of the frame rate. diffusers' video pipeline stretches time by
+24 / fps, and its default fps is 16: there, pass fps=24 for the same function. Precision and the stacked blocks are as
+in wan.py.
 """
 
 import dataclasses
@@ -203,7 +205,8 @@ class Modulation(nnx.Module):
 
     def __call__(self, time_BKM: jax.Array, tokens: int) -> list[jax.Array]:
         own, shared = self.up(self.down(time_BKM[..., : self.dim])), time_BKM[..., self.dim :]
-        return jnp.split(spread(own + shared[..., : own.shape[-1]], tokens), self.rows, axis=-1)
+        rows_BKD = jnp.split(own + shared[..., : own.shape[-1]], self.rows, axis=-1)
+        return [spread(row, tokens) for row in rows_BKD]
 
 
 class Attention(nnx.Module):

@@ -110,7 +110,11 @@ def time_rows(time: Float[Array, "b"] | Float[Array, "b k"], tokens: int) -> Flo
 
 
 def spread(rows_BKX: Float[Array, "b k ..."], tokens: int) -> Float[Array, "b l ..."]:
-    """Repeats each of K rows for its tokens; one row is left to broadcast."""
+    """Repeats each of K rows for its tokens; one row is left to broadcast.
+
+    XLA repeats within the arithmetic that follows, not in memory, if that is all which is done with the result: take
+    rows apart before they are spread, not after.
+    """
     rows = rows_BKX.shape[1]
     return rows_BKX if rows == 1 else jnp.repeat(rows_BKX, tokens // rows, axis=1)
 

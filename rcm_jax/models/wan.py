@@ -187,8 +187,8 @@ class Block(nnx.Module):
     def __call__(
         self, x_BLD: jax.Array, modulation_BK6D: jax.Array, context_BSD: jax.Array, rotary: Rotary, attend: Attend
     ) -> jax.Array:
-        modulation_BL6D = spread(self.modulation[...][None, None] + modulation_BK6D, x_BLD.shape[1])
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.unstack(modulation_BL6D, axis=2)
+        rows_BKD = jnp.unstack(self.modulation[...][None, None] + modulation_BK6D, axis=2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (spread(row, x_BLD.shape[1]) for row in rows_BKD)
         y = (self.norm1(x_BLD) * (1 + scale1) + shift1).astype(self.dtype)
         y = self.self_attn(y, y, attend, rotary)
         x_BLD = (x_BLD + y * gate1).astype(self.dtype)
@@ -231,13 +231,11 @@ class ImageAttention(Attention):
         self.norm_k_img = rms_norm(config.dim, config.norm_eps, rngs)
         self.image_tokens = config.image_tokens
 
-    def __call__(
-        self, x_BLD: jax.Array, source_BSD: jax.Array, attend: Attend, rotary: Rotary | None = None
-    ) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, source_BSD: jax.Array, attend: Attend) -> jax.Array:
         image, text = jnp.split(source_BSD, [self.image_tokens], axis=1)
         q = self.norm_q(self.q(x_BLD))
-        to_text = self.attend_heads(attend, q, self.norm_k(self.k(text)), self.v(text), rotary)
-        to_image = self.attend_heads(attend, q, self.norm_k_img(self.k_img(image)), self.v_img(image), rotary)
+        to_text = self.attend_heads(attend, q, self.norm_k(self.k(text)), self.v(text))
+        to_image = self.attend_heads(attend, q, self.norm_k_img(self.k_img(image)), self.v_img(image))
         return self.o(to_text + to_image)
 
 
@@ -263,8 +261,8 @@ class Head(nnx.Module):
         self.head = linear(dim, out_dim, jnp.float32, rngs)
 
     def __call__(self, x_BLD: jax.Array, time_BKD: jax.Array) -> jax.Array:
-        modulation_BL2D = spread(self.modulation[...][None, None] + time_BKD[:, :, None], x_BLD.shape[1])
-        shift, scale = jnp.unstack(modulation_BL2D, axis=2)
+        rows_BKD = jnp.unstack(self.modulation[...][None, None] + time_BKD[:, :, None], axis=2)
+        shift, scale = (spread(row, x_BLD.shape[1]) for row in rows_BKD)
         return self.head(self.norm(x_BLD) * (1 + scale) + shift)
 
 
