@@ -23,7 +23,7 @@ from rcm_jax.convert.tensors import (
     read_json,
     refusal,
 )
-from rcm_jax.convert.writing import Piece, Plan, write_json, write_piece
+from rcm_jax.convert.writing import Piece, Plan, as_bytes, write_json, write_piece
 
 DTYPES = {
     "BOOL": np.dtype(bool),
@@ -46,7 +46,7 @@ def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
     Raises UserError if the file is cut short, or its header lies about names, dtypes, shapes or offsets.
     """
     size = path.stat().st_size
-    length = struct.unpack("<Q", read_bytes(path, 0, 8))[0] if size >= 8 else 0
+    length = int.from_bytes(read_bytes(path, 0, 8).tobytes(), "little") if size >= 8 else 0
     if not 2 <= length <= min(size - 8, MAX_JSON_BYTES):
         raise refusal(path, "is no complete safetensors file: its header is cut short", "fetch or export it again")
     header = parse_json(read_bytes(path, 8, length).tobytes(), path)
@@ -66,10 +66,9 @@ def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def _check_entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
-    dtype, shape, offsets = (
-        (entry.get(key) for key in ("dtype", "shape", "data_offsets")) if isinstance(entry, dict) else (None,) * 3
-    )
-    if not is_counts(shape) or not is_counts(offsets) or len(offsets) != 2:
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape", ()), fields.get("data_offsets", ())
+    if not (isinstance(shape, list) and is_counts(shape) and is_counts(offsets) and len(offsets) == 2):
         raise refusal(path, f"must give {name} a shape and two offsets in whole numbers", "fetch or export it again")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise refusal(path, f"holds {name} as {dtype}", f"export it as one of {', '.join(DTYPES)}")
@@ -141,7 +140,7 @@ def plan_file(name: str, tensors: Tensors, metadata: Mapping[str, str]) -> Plan:
 
 def _writer(name: str, offset: int, tensor: LazyTensor):
     def write(folder: Path) -> None:
-        write_piece(folder / name, offset, tensor.read())
+        write_piece(folder / name, offset, as_bytes(tensor.read()))
 
     return write
 

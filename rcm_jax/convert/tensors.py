@@ -32,6 +32,10 @@ class LazyTensor:
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Reads it, for numpy."""
+        return self.read() if dtype is None else self.read().astype(dtype)
+
     def reshape(self, *shape: int) -> "LazyTensor":
         """The same numbers in another shape of as many elements."""
         return LazyTensor(shape, self.dtype, lambda: self.read().reshape(shape))
@@ -44,11 +48,6 @@ class LazyTensor:
 Tensors = dict[str, LazyTensor]
 
 
-def from_array(array: np.ndarray) -> LazyTensor:
-    """A tensor that is in memory already."""
-    return LazyTensor(array.shape, array.dtype, lambda: array)
-
-
 def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
     """`count` bytes of a file as uint8, without mapping it: what is read, and no more, is in memory.
 
@@ -58,7 +57,7 @@ def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         done = 0
-        while done < count and (got := file.readinto(memoryview(array)[done:])):  # a read stops at 2 GiB
+        while done < count and (got := file.readinto(array.data[done:])):  # a read stops at 2 GiB
             done += got
     if done < count:
         raise refusal(path, f"ends {count - done} bytes before its last tensor does", "fetch it again")

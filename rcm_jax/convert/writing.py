@@ -116,21 +116,21 @@ def _append(journal: Any, note: dict[str, Any]) -> None:
     os.fsync(journal.fileno())
 
 
-def write_piece(path: Path, offset: int, *parts: bytes | np.ndarray) -> None:
+def write_piece(path: Path, offset: int, *parts: bytes | memoryview) -> None:
     """Writes bytes at an offset of a file, which may be new, and waits until the disk has them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_CREAT | os.O_WRONLY, 0o666)
     with os.fdopen(descriptor, "wb") as file:
         file.seek(offset)
         for part in parts:
-            file.write(part if isinstance(part, bytes) else as_bytes(part))
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
 
 
-def as_bytes(array: np.ndarray) -> np.ndarray:
-    """The array's bytes in the order of C, as uint8."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def as_bytes(array: np.ndarray) -> memoryview:
+    """The array's bytes in the order of C."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def write_json(path: Path, value: Any) -> None:
