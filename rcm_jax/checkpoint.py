@@ -21,6 +21,8 @@ from jax.experimental import multihost_utils
 
 from rcm_jax.config import UserError
 
+CHUNK_BYTES = 2**27
+
 
 class Checkpoints:
     """The checkpoints of one run, in DIRECTORY/ITERATION, written in the background.
@@ -77,7 +79,10 @@ class Checkpoints:
         }
         json.dumps(description)  # a TypeError here rather than in the background, where Orbax takes minutes to give up
         items: dict[str, Any] = {
-            "state": ocp.args.StandardSave({name: _storable(leaf) for name, leaf in leaves.items()}),
+            "state": ocp.args.StandardSave(
+                {name: _storable(leaf) for name, leaf in leaves.items()},
+                save_args={name: _chunks(leaf) for name, leaf in leaves.items()},
+            ),
             "description": ocp.args.JsonSave(description),
         }
         if iterator is not None:
@@ -186,6 +191,11 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 def _describe(leaf: Any) -> dict[str, Any]:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _chunks(leaf: Any) -> ocp.SaveArgs:
+    """Large arrays are split along their first axis first, so that one layer of a parameter can be read alone."""
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if leaf.ndim else ())
 
 
 def _is_key(leaf: Any) -> bool:

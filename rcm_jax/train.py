@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 from rcm_jax import sampling, sharding
 from rcm_jax.checkpoint import Checkpoints, export_safetensors, load_safetensors
 from rcm_jax.config import UserError, parse_stages
+from rcm_jax.convert import families
+from rcm_jax.convert.sources import open_source
 from rcm_jax.convert.wan import params_from_wan, wan_tensors
 from rcm_jax.data import digits, pipeline, text
 from rcm_jax.generation import Sampler, student_sampler
@@ -120,8 +122,8 @@ def create_network(config: ConfigDict) -> Network:
 
 
 def load_params(path: str | Path, network: Network) -> Params:
-    """A network's parameters from a safetensors file with Wan's tensor names: a teacher, or a student we exported."""
-    tensors, _ = load_safetensors(path)
+    """A network's parameters from a checkpoint of any kind that convert/ reads: a teacher, or a student of ours."""
+    _, tensors = families.published(open_source(Path(path)), families.WAN)
     return params_from_wan(tensors, network.abstract_params(), source=str(path))
 
 
@@ -188,7 +190,7 @@ def init_state(config: ConfigDict, network: Network, optimizers: Optimizers, mes
     teacher = None
     if not needs(parse_stages(config.stages), "flow_matching"):
         if not config.teacher.path:
-            raise UserError("teacher.path is empty: give the safetensors file of the model to distil")
+            raise UserError("teacher.path is empty: give the checkpoint of the model to distil")
         teacher = load_params(config.teacher.path, network)
     abstract = abstract_state(config, network, optimizers, mesh)
     init = functools.partial(create_initial_state, config, network, optimizers)

@@ -183,7 +183,7 @@ def test_samples_are_recorded_as_videos_of_their_captions(folder):
 @pytest.mark.parametrize(
     ("run", "changes", "message"),
     [
-        ("rcm", {"teacher.path": ""}, r"teacher\.path is empty: give the safetensors file of the model to distil"),
+        ("rcm", {"teacher.path": ""}, r"teacher\.path is empty: give the checkpoint of the model to distil"),
         ("flow_matching", {"model.preset": "wan3"}, r"model\.preset='wan3' must be one of digits, "),
         ("flow_matching", {"log.sample_every": 1, "data.name": "wan"}, r"log\.sample_every=1 needs a decoder of 'wan'"),
         ("flow_matching", {"mesh.fsdp": 3}, r"fsdp=3 does not cover 8 devices: set mesh\.data=-1"),

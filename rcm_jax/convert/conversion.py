@@ -58,7 +58,7 @@ def convert(
     check_target(target)
     is_file = _is_file(target, to)
     family, config = families.find_model(model)
-    tensors, found = read_network(source, family, part)
+    tensors, found = _read(source, family, part)
     if config is None:
         config = family.config_from_tensors({name: t.shape for name, t in tensors.items()}, found.settings)
     print(_describe(config, tensors))
@@ -67,7 +67,7 @@ def convert(
     _check_dtypes(tensors, source)
     tensors = {name: tensors[name] for name in shapes}  # one order, whatever the source's
     if delta:
-        teacher, student = (read_network(path, family, None)[0] for path in delta)
+        teacher, student = (_read(path, family, None)[0] for path in delta)
         tensors = merging.add_delta(tensors, teacher, student, scale, family.patch_kernel)
     if lora:
         tensors = _with_lora(tensors, family, lora, scale)
@@ -84,12 +84,10 @@ def convert(
     print(f"wrote {target}: {to} layout, {sum(piece.nbytes for piece in plan.pieces):,} bytes")
 
 
-def read_network(path: Path, family: Family, part: Part | None = None) -> tuple[Tensors, Source]:
+def _read(path: Path, family: Family, part: Part | None) -> tuple[Tensors, Source]:
     """The tensors of a checkpoint by their published names, and where they come from. Says what it found."""
     found = open_source(path, part)
-    layout, tensors = families.published(found.tensors, family)
-    if found.leaves:
-        layout, tensors = "our", families.unstacked(found.leaves, family)
+    layout, tensors = families.published(found, family)
     which = f", {found.part} of the networks in it" if found.part else ""
     dtypes = sorted({tensor.dtype.name for tensor in tensors.values()})
     print(f"found {found.path}: {found.kind}, {layout} layout, {len(tensors)} tensors, {', '.join(dtypes)}{which}")

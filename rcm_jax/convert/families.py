@@ -5,7 +5,7 @@ Between reading and writing, a network's tensors go by the published names, with
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from flax import nnx, traverse_util
@@ -13,12 +13,12 @@ from flax import nnx, traverse_util
 from rcm_jax.config import UserError
 from rcm_jax.convert import wan
 from rcm_jax.convert.orbax import Leaf, NewLeaf
+from rcm_jax.convert.sources import Source
 from rcm_jax.convert.tensors import LazyTensor, Tensors
 from rcm_jax.models.functional import functional
 from rcm_jax.models.wan import PRESETS, Wan
 
 Layout = Literal["wan", "rcm", "diffusers"]
-LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 
 class Family(NamedTuple):
@@ -73,12 +73,15 @@ def find_model(model: str) -> tuple[Family, Any]:
     raise UserError(f"--model {model} is not known: choose one of {', '.join(known)}")
 
 
-def published(tensors: Tensors, family: Family) -> tuple[Layout, Tensors]:
-    """Tensors in any layout by their published names, and the layout they had. Unknown names are kept."""
+def published(source: Source, family: Family) -> tuple[str, Tensors]:
+    """The tensors of a checkpoint by their published names, and the layout they had. Unknown names are kept."""
+    if source.leaves:
+        return "orbax", _unstacked(source.leaves, family)
+    tensors = source.tensors
     names = {name: rename(name, family.diffusers_names, back=True) for name in tensors}
     same = sum(rename(name, family.diffusers_names) != name for name in tensors)
     if sum(names[name] != name for name in names) > same:
-        layout: Layout = "diffusers"
+        layout = "diffusers"
         tensors = {names[name]: tensor for name, tensor in tensors.items()}
     else:
         kernel = tensors.get(family.patch_kernel)
@@ -115,8 +118,7 @@ def rename(name: str, table: Sequence[tuple[str, str]], *, back: bool = False) -
     return name
 
 
-def unstacked(leaves: Mapping[str, Leaf], family: Family) -> Tensors:
-    """Published tensors from parameters of ours by path, "blocks.ffn.up.kernel"."""
+def _unstacked(leaves: Mapping[str, Leaf], family: Family) -> Tensors:
     tensors: Tensors = {}
     for path, leaf in leaves.items():
         stacked = family.is_stacked(path)

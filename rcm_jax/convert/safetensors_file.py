@@ -48,7 +48,7 @@ def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
     size = path.stat().st_size
     length = int.from_bytes(read_bytes(path, 0, 8).tobytes(), "little") if size >= 8 else 0
     if not 2 <= length <= min(size - 8, MAX_JSON_BYTES):
-        raise refusal(path, "is no complete safetensors file: its header is cut short", "fetch or export it again")
+        raise refusal(path, "is not a complete safetensors file, its header is cut short", "fetch or export it again")
     header = parse_json(read_bytes(path, 8, length).tobytes(), path)
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):

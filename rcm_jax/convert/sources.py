@@ -60,7 +60,7 @@ def open_source(path: Path, part: Part | None = None) -> Source:
     if path.is_file():
         return _open_file(path, part)
     if not path.is_dir():
-        raise UserError(f"{path} does not exist: give a checkpoint's file or folder")
+        raise UserError(f"{path} is not a file or folder: give a checkpoint's file or folder")
     return _open_folder(path, part)
 
 
@@ -75,7 +75,7 @@ def _open_file(path: Path, part: Part | None) -> Source:
         tensors, part = _pick(path, tensors, part)
         return Source(path, "safetensors file", tensors, {}, part, {}, metadata)
     remedy = "fetch it again; save a .pth with PyTorch 1.6 or newer"
-    raise refusal(path, "is neither a safetensors file nor a zip archive of torch.save", remedy)
+    raise refusal(path, "is not a complete safetensors file, nor a zip archive of torch.save", remedy)
 
 
 def _open_folder(path: Path, part: Part | None) -> Source:
