@@ -143,10 +143,7 @@ def _check_dtypes(tensors: Tensors, source: Path) -> None:
 def _with_lora(tensors: Tensors, family: Family, lora: Path, scale: float) -> Tensors:
     found = open_source(lora)
     print(f"found {found.path}: {found.kind}, {len(found.tensors)} tensors of a LoRA")
-
-    def rename(name: str) -> str:
-        return families.rename(name, family.diffusers_names, back=True)
-
+    rename = families.renaming(family.diffusers_names, back=True)
     return merging.add_lora(tensors, found.tensors, found.metadata, scale, rename)
 
 

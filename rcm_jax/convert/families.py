@@ -3,6 +3,7 @@
 Between reading and writing, a network's tensors go by the published names, with the patch embedding as a matrix.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -15,7 +16,6 @@ from rcm_jax.convert import wan
 from rcm_jax.convert.orbax import Leaf, NewLeaf
 from rcm_jax.convert.sources import Source
 from rcm_jax.convert.tensors import LazyTensor, Tensors
-from rcm_jax.models.functional import functional
 from rcm_jax.models.wan import PRESETS, Wan
 
 Layout = Literal["wan", "rcm", "diffusers"]
@@ -78,11 +78,10 @@ def published(source: Source, family: Family) -> tuple[str, Tensors]:
     if source.leaves:
         return "orbax", _unstacked(source.leaves, family)
     tensors = source.tensors
-    names = {name: rename(name, family.diffusers_names, back=True) for name in tensors}
-    same = sum(rename(name, family.diffusers_names) != name for name in tensors)
-    if sum(names[name] != name for name in names) > same:
+    to_published, to_diffusers = renaming(family.diffusers_names, back=True), renaming(family.diffusers_names)
+    if sum(to_published(name) != name for name in tensors) > sum(to_diffusers(name) != name for name in tensors):
         layout = "diffusers"
-        tensors = {names[name]: tensor for name, tensor in tensors.items()}
+        tensors = {to_published(name): tensor for name, tensor in tensors.items()}
     else:
         kernel = tensors.get(family.patch_kernel)
         layout = "wan" if kernel is not None and len(kernel.shape) > 2 else "rcm"
@@ -104,18 +103,24 @@ def arranged(tensors: Tensors, family: Family, layout: Layout, config: Any) -> T
     tensors = tensors | {family.patch_kernel: window}
     if layout == "wan":
         return tensors
-    return {rename(name, family.diffusers_names): tensor for name, tensor in tensors.items()}
+    rename = renaming(family.diffusers_names)
+    return {rename(name): tensor for name, tensor in tensors.items()}
 
 
-def rename(name: str, table: Sequence[tuple[str, str]], *, back: bool = False) -> str:
-    """The name of a tensor by a table of modules; a name that the table lacks stays."""
-    for pair in table:
-        ours, theirs = reversed(pair) if back else pair
-        match = re.fullmatch(rf"{re.escape(ours).replace('N', '([0-9]+)')}(\.weight|\.bias|)", name)
-        if match:
-            *number, suffix = match.groups()
-            return theirs.replace("N", number[0] if number else "N") + suffix
-    return name
+def renaming(table: Sequence[tuple[str, str]], *, back: bool = False) -> Callable[[str], str]:
+    """A function from a tensor's name to its name by a table of modules; a name that the table lacks stays."""
+    modules = {theirs: ours for ours, theirs in table} if back else dict(table)
+
+    def rename(name: str) -> str:
+        block = re.match(r"(\w*blocks)\.(\d+)(?=\.)", name)
+        number = block[2] if block else "N"
+        general = name.replace(block[0], f"{block[1]}.N", 1) if block else name
+        module, _, parameter = general.rpartition(".")
+        if general in modules:
+            return modules[general].replace("N", number)
+        return f"{modules[module]}.{parameter}".replace("N", number) if module in modules else name
+
+    return rename
 
 
 def _unstacked(leaves: Mapping[str, Leaf], family: Family) -> Tensors:
@@ -156,7 +161,13 @@ def _chunk(path: str, tensor: LazyTensor, family: Family) -> Callable[[], np.nda
 
 def parameter_shapes(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
     """The shapes of our parameters by path, in the network's order."""
-    params = functional(lambda rngs: family.create(config, rngs)).abstract_params()
+    return _parameter_shapes(family.create, config)
+
+
+@functools.cache
+def _parameter_shapes(create: Callable[[Any, nnx.Rngs], nnx.Module], config: Any) -> dict[str, tuple[int, ...]]:
+    network = nnx.eval_shape(lambda: create(config, nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
     leaves: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="."))
     return {path: leaf.shape for path, leaf in leaves.items()}
 

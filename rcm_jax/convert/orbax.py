@@ -93,7 +93,7 @@ def plan_checkpoint(leaves: Mapping[str, NewLeaf], metadata: Mapping[str, Any]) 
             shape = leaf.shape[1:] if leaf.stacked else leaf.shape
             numbers = [index if leaf.stacked and axis == 0 else 0 for axis in range(len(leaf.shape))]
             file = f"0/state/{ROOT}{path}/{'.'.join(map(str, numbers or [0]))}"
-            pieces.append(Piece(file, int(np.prod(shape)) * itemsize, _writer(file, chunk)))
+            pieces.append(Piece(file, file, int(np.prod(shape)) * itemsize, _writer(file, chunk)))
 
     def finish(folder: Path, _: Mapping[str, Any]) -> None:
         for path, leaf in leaves.items():

@@ -134,7 +134,7 @@ def plan_file(name: str, tensors: Tensors, metadata: Mapping[str, str]) -> Plan:
     prefix = struct.pack("<Q", len(text)) + text
     for key, tensor in tensors.items():
         offset = len(prefix) + header[key]["data_offsets"][0]
-        pieces.append(Piece(f"{name}/{key}", tensor.nbytes, _writer(name, offset, tensor)))
+        pieces.append(Piece(f"{name}/{key}", name, tensor.nbytes, _writer(name, offset, tensor)))
     return Plan(pieces, lambda folder, _: write_piece(folder / name, 0, prefix))
 
 
@@ -165,9 +165,11 @@ def plan_sharded(stem: str, tensors: Tensors, shard_bytes: int) -> Plan:
 
 def _shards(tensors: Tensors, shard_bytes: int) -> Iterator[Tensors]:
     shard: Tensors = {}
+    size = 0
     for name, tensor in tensors.items():
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
+        size += tensor.nbytes
+        if shard and size > shard_bytes:
             yield shard
-            shard = {}
+            shard, size = {}, tensor.nbytes
         shard[name] = tensor
     yield shard

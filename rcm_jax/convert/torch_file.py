@@ -199,7 +199,7 @@ def plan_file(name: str, tensors: Tensors) -> Plan:
     pieces = []
     for index, (key, tensor) in enumerate(tensors.items()):
         write = functools.partial(_write_entry, name=name, entry=entries[f"weights/data/{index}"], tensor=tensor)
-        pieces.append(Piece(f"{name}/{key}", tensor.nbytes, write))
+        pieces.append(Piece(f"{name}/{key}", name, tensor.nbytes, write))
 
     def finish(folder: Path, checksums: Mapping[str, Any]) -> None:
         known = [zlib.crc32(data) for data in small.values()] + [checksums[piece.key] for piece in pieces]

@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,17 @@ from tqdm import tqdm
 
 from rcm_jax.config import UserError
 
+SYNC_BYTES = 2**28  # how much may be written again after an interruption
+
 
 class Piece(NamedTuple):
-    """One tensor's part of the target: `write(folder)` puts it in place and returns what `finish` must know of it."""
+    """One tensor's part of a file of the target.
+
+    `write(folder)` puts it in place and returns what `finish` must know of it: a JSON value.
+    """
 
     key: str
+    file: str
     nbytes: int
     write: Callable[[Path], Any]
 
@@ -74,15 +80,21 @@ def write_plan(plan: Plan, target: Path, fingerprint: str, *, single_file: str |
         resumed = len(facts)
         _check_space(target, sum(piece.nbytes for piece in plan.pieces if piece.key not in facts))
         with tqdm(total=sum(p.nbytes for p in plan.pieces), unit="B", unit_scale=True, desc=target.name) as bar:
+            pending: list[Piece] = []
             for piece in plan.pieces:
                 if piece.key not in facts:
                     facts[piece.key] = piece.write(content)
-                    _append(journal, {"key": piece.key, "fact": facts[piece.key]})
+                    pending.append(piece)
+                if sum(piece.nbytes for piece in pending) >= SYNC_BYTES:
+                    _note(journal, content, pending, facts)
+                    pending = []
                 bar.update(piece.nbytes)
+            _note(journal, content, pending, facts)
         plan.finish(content, facts)
+        _sync([content, *content.rglob("*")])
         check_target(target)
         os.replace(content / single_file if single_file else content, target)
-        _sync_folder(target.parent)
+        _sync([target.parent])
         shutil.rmtree(partial)
     return resumed
 
@@ -110,22 +122,27 @@ def _finished(journal: Any, fingerprint: str) -> dict[str, Any] | None:
     return {note["key"]: note["fact"] for note in map(json.loads, lines[1:])}
 
 
+def _note(journal: Any, content: Path, pieces: list[Piece], facts: Mapping[str, Any]) -> None:
+    """Notes pieces as finished once the disk has them."""
+    _sync({content / piece.file for piece in pieces})
+    for piece in pieces:
+        _append(journal, {"key": piece.key, "fact": facts[piece.key]})
+    _sync([Path(journal.name)])
+
+
 def _append(journal: Any, note: dict[str, Any]) -> None:
     journal.write(json.dumps(note) + "\n")
     journal.flush()
-    os.fsync(journal.fileno())
 
 
 def write_piece(path: Path, offset: int, *parts: bytes | memoryview) -> None:
-    """Writes bytes at an offset of a file, which may be new, and waits until the disk has them."""
+    """Writes bytes at an offset of a file, which may be new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_CREAT | os.O_WRONLY, 0o666)
     with os.fdopen(descriptor, "wb") as file:
         file.seek(offset)
         for part in parts:
             file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def as_bytes(array: np.ndarray) -> memoryview:
@@ -138,9 +155,11 @@ def write_json(path: Path, value: Any) -> None:
     write_piece(path, 0, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _sync(paths: Iterable[Path]) -> None:
+    """Waits until the disk has what was written to files and folders."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
