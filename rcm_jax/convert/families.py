@@ -15,7 +15,7 @@ from rcm_jax.config import UserError
 from rcm_jax.convert import wan
 from rcm_jax.convert.orbax import Leaf, NewLeaf
 from rcm_jax.convert.sources import Source
-from rcm_jax.convert.tensors import LazyTensor, Tensors
+from rcm_jax.convert.tensors import LazyTensor, Tensors, refusal
 from rcm_jax.models.wan import PRESETS, Wan
 
 Layout = Literal["wan", "rcm", "diffusers"]
@@ -196,4 +196,4 @@ def check(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], source: str) 
         if name in shapes and tensor.shape != shapes[name]
     ]
     if faults:
-        raise UserError(f"{source} does not fit the model, nothing was written: {'; '.join(faults)}")
+        raise refusal(source, "does not fit the model, nothing was written", "; ".join(faults))

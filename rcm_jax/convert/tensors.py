@@ -92,8 +92,9 @@ def parse_json(data: bytes, where: Path | str) -> Any:
 
 
 def refusal(where: Path | str, rule: str, remedy: str) -> UserError:
-    """The error about a file that is not what it should be."""
-    return UserError(f"{where} {rule}: {remedy}")
+    """The error about a file that is not what it should be, in one line whatever names the file gives."""
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in f"{rule}: {remedy}")
+    return UserError(f"{where} {text}")
 
 
 def is_counts(value: Any) -> bool:
