@@ -17,11 +17,15 @@ BATCH = PartitionSpec(AXES)
 
 # (pattern of a parameter's dotted path, how its axes lie). Every leaf must match exactly one.
 RULES = (
-    (r"blocks\.(self_attn|cross_attn|ffn)\.\w+\.kernel", PartitionSpec(None, "fsdp", None)),
+    (r"blocks\.(self_attn|cross_attn|ffn|modulation_\w+)\.\w+\.kernel", PartitionSpec(None, "fsdp", None)),
     (r"blocks\.(self_attn|cross_attn|ffn)\.\w+\.(bias|scale)", PartitionSpec()),
     (r"blocks\.norm3\.(bias|scale)", PartitionSpec()),
-    (r"(patch_embedding|time_projection|head\.head|(text|time)_embedding\.\w+)\.kernel", PartitionSpec("fsdp", None)),
-    (r"(patch_embedding|time_projection|head\.head|(text|time)_embedding\.\w+)\.bias", PartitionSpec()),
+    (r"patch_embedding\.kernel", PartitionSpec(None, "fsdp")),  # its rows are few and seldom a multiple of 8
+    (r"((text|time)_embedding|image_embedding\.mlp|head\.modulation)\.\w+\.kernel", PartitionSpec("fsdp", None)),
+    (r"((text|time)_embedding|image_embedding\.mlp)\.\w+\.bias", PartitionSpec()),
+    (r"(time_projection|head\.head)\.kernel", PartitionSpec("fsdp", None)),
+    (r"(patch_embedding|time_projection|head\.head)\.bias", PartitionSpec()),
+    (r"(image_embedding\.norm_(in|out)|time_norm)\.(bias|scale)", PartitionSpec()),
     (r"(blocks|head)\.modulation", PartitionSpec()),
 )
 
@@ -69,7 +73,7 @@ def _leaf_sharding(path: str, leaf: Any, mesh: Mesh) -> NamedSharding:
     sharding = NamedSharding(mesh, matches[0])
     for size, axis in zip(leaf.shape, matches[0], strict=False):
         if axis is not None and size % mesh.shape[axis]:
-            raise UserError(f"{path} has {size} rows, not a multiple of mesh.{axis}={mesh.shape[axis]}: lower it")
+            raise UserError(f"{path} is cut along {size}, not a multiple of mesh.{axis}={mesh.shape[axis]}: lower it")
     return sharding
 
 

@@ -1,7 +1,9 @@
 """A network keeps its numbers through every conversion; what does not fit is named, and nothing is written then."""
 
+import dataclasses
 import fcntl
 import io
+import itertools
 import json
 import math
 import pickle
@@ -24,7 +26,8 @@ from rcm_jax.convert import conversion, families, tensors, writing
 from rcm_jax.convert.conversion import convert
 from rcm_jax.convert.sources import open_source
 from rcm_jax.models.functional import functional
-from rcm_jax.models.wan import PRESETS, Wan, WanConfig
+from rcm_jax.models.presets import PRESETS
+from rcm_jax.models.wan import Wan, WanConfig
 from rcm_jax.train import load_params
 
 DIM, FFN, LAYERS, CHANNELS, TEXT = 128, 96, 2, 4, 12
@@ -287,7 +290,7 @@ def without(arrays, name):
             lambda a: without(without(a, "head.modulation"), "blocks.0.norm3.bias"),
             ["missing head.modulation", "missing blocks.0.norm3.bias"],
         ),
-        (lambda a: a | {"img_emb.proj.0.weight": np.ones(3, np.float32)}, ["unexpected img_emb.proj.0.weight"]),
+        (lambda a: a | {"blocks.0.alpha": np.ones(3, np.float32)}, ["unexpected blocks.0.alpha"]),
         (
             lambda a: a | {"blocks.0.ffn.0.bias": np.ones(7, np.float32)},
             ["blocks.0.ffn.0.bias has shape (7,), not (96,)"],
@@ -528,6 +531,44 @@ def test_a_source_that_is_no_checkpoint_is_refused(make, message, tmp_path):
         open_source(tmp_path / "x")
 
 
+SMALL = {"dim": 24, "heads": 1, "layers": 2, "text_dim": 6}
+KINDS = {
+    "wan2.1-i2v": SMALL | {"ffn_dim": 32, "image_dim": 20},
+    "wan2.2-i2v": SMALL | {"ffn_dim": 32},
+    "wan2.2-ti2v": SMALL | {"ffn_dim": 32},
+    "cosmos-predict2-t2i": SMALL | {"lora_dim": 4},
+    "cosmos-predict2-v2w": SMALL | {"lora_dim": 4},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_networks_pass_through_all_their_formats_unchanged(kind, tmp_path, monkeypatch):
+    preset = next(preset for name, preset in PRESETS.items() if name.startswith(kind))
+    model, config = f"{kind}-small", dataclasses.replace(preset, **KINDS[kind])
+    monkeypatch.setitem(PRESETS, model, config)
+    family, rng = families.find_model(model)[0], np.random.default_rng(0)
+    shapes = families.tensor_shapes(family, config)
+    arrays = {f"net.{name}": rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(arrays, tmp_path / "start.safetensors")
+    path = [
+        "start.safetensors",
+        "orbax",
+        *(["wan"] if "wan" in family.settings else []),
+        "diffusers",
+        "end.safetensors",
+    ]
+    for before, after in itertools.pairwise(path):
+        to = "rcm" if after == path[-1] else after
+        convert(tmp_path / before, tmp_path / after, model=model, to=to)
+    assert_same(safetensors.numpy.load_file(tmp_path / path[-1]), arrays)
+
+
+def test_cosmos_has_no_layout_of_wan(tmp_path):
+    source = write_wan(tmp_path / "source", random_network())
+    with pytest.raises(UserError, match="has no wan layout: write --to rcm"):
+        convert(source, tmp_path / "x", model="cosmos-predict2-t2i-2b", to="wan")
+
+
 def test_the_transformer_of_a_diffusers_pipeline_is_found(written, tmp_path):
     folder, arrays = written
     (tmp_path / "pipeline").mkdir()
@@ -545,7 +586,7 @@ def test_the_command_line_converts(tmp_path, capsys):
     run(source, tmp_path / "x.pth", "--model", "wan2.1-t2v", "--to", "rcm", "--dtype", "bf16")
     out = capsys.readouterr().out.splitlines()
     assert out[0] == f"found {source}: folder of 1 safetensors files, wan layout, 69 tensors, float32"
-    assert out[1].startswith("that is a network of its own size: width 128, 2 blocks, 1 heads")
+    assert out[1].startswith("taken as wan2.1-t2v of its own size: width 128, 2 blocks, 1 heads")
     assert out[2].startswith(f"wrote {tmp_path / 'x.pth'}: rcm layout, ")
 
 
@@ -553,7 +594,7 @@ def test_the_command_line_converts(tmp_path, capsys):
     ("words", "message"),
     [
         (["--model", "wan2.1-t2v", "--to", "gguf"], "argument --to: invalid choice: 'gguf'"),
-        (["--model", "wan3", "--to", "rcm"], "--model wan3 is not known: choose one of digits, wan2.1-t2v"),
+        (["--model", "wan3", "--to", "rcm"], "--model wan3 is not known: choose one of cosmos-predict2-t2i, "),
         (["--model", "digits", "--to", "rcm", "--scale", "2"], "--scale 2.0 scales nothing: give --add-delta or"),
         (
             ["--model", "digits", "--to", "rcm", "--lora", "a", "--add-delta", "b", "c"],

@@ -167,7 +167,7 @@ def test_plain_differences_in_a_lora_file_are_added():
 
 def add(lora: dict, metadata: dict | None = None):
     family = families.find_model("wan2.1-t2v")[0]
-    rename = families.renaming(family.diffusers_names, back=True)
+    rename = families.diffusers_to_published(family)
     arrays = {name: array.reshape(len(array), -1) for name, array in random_network().items()}
     return merging.add_lora(lazy(arrays), lazy(lora), metadata or {}, 1.0, rename)
 

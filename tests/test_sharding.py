@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from configs import digits_rcm, wan2_1_t2v_1_3b, wan2_1_t2v_14b
 from rcm_jax import sharding
+from rcm_jax.models.presets import PRESETS
+from rcm_jax.models.presets import create_network as create_published
 from rcm_jax.train import create_initial_state, create_network, create_optimizers
 
 RECIPES = {"digits": digits_rcm, "wan2.1-t2v-1.3b": wan2_1_t2v_1_3b, "wan2.1-t2v-14b": wan2_1_t2v_14b}
@@ -48,6 +50,13 @@ def test_every_array_of_a_state_matches_one_rule_and_is_spread_evenly(name):
     assert whole / 8 < spread < whole / 7.5 if name != "digits" else spread < whole / 5
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_matrices_of_every_network_are_spread_over_eight_devices(preset):
+    params, mesh = create_published(PRESETS[preset]).abstract_params(), sharding.make_mesh(data=1, fsdp=8)
+    for path, place in jax.tree.leaves_with_path(sharding.tree_shardings(params, mesh)):
+        assert ("fsdp" in place.spec) == dotted(path).endswith(".kernel"), dotted(path)
+
+
 @pytest.mark.parametrize(
     ("path", "matches"),
     [
@@ -78,8 +87,8 @@ def test_a_leaf_with_two_rules_is_an_error(monkeypatch):
 
 
 def test_rows_that_do_not_divide_are_an_error():
-    tree = {"student": {"patch_embedding": {"kernel": jax.ShapeDtypeStruct((12, 48), jnp.float32)}}}
-    message = re.escape("student.patch_embedding.kernel has 12 rows, not a multiple of mesh.fsdp=8")
+    tree = {"student": {"head": {"head": {"kernel": jax.ShapeDtypeStruct((12, 48), jnp.float32)}}}}
+    message = re.escape("student.head.head.kernel is cut along 12, not a multiple of mesh.fsdp=8")
     with pytest.raises(ValueError, match=message):
         sharding.tree_shardings(tree, sharding.make_mesh(data=1, fsdp=8))
 

@@ -58,10 +58,13 @@ def convert(
     check_target(target)
     is_file = _is_file(target, to)
     family, config = families.find_model(model)
+    if to == "wan" and "wan" not in family.settings:
+        raise UserError(f"--model {model} has no wan layout: write --to rcm, which is its authors' own, or another")
     tensors, found = _read(source, family, part)
     if config is None:
         config = family.config_from_tensors({name: t.shape for name, t in tensors.items()}, found.settings)
-    print(_describe(config, tensors))
+        model, config = families.name_config(config, model)
+    print(_describe(model, config, tensors))
     shapes = families.tensor_shapes(family, config)
     families.check(tensors, shapes, str(source))
     _check_dtypes(tensors, source)
@@ -127,11 +130,11 @@ def _is_file(target: Path, to: Format) -> bool:
     return False
 
 
-def _describe(config: Any, tensors: Tensors) -> str:
-    presets = [name for name, preset in families.PRESETS.items() if preset == config]
+def _describe(model: str, config: Any, tensors: Tensors) -> str:
+    size = "" if model in families.PRESETS else " of its own size"
     count = sum(math.prod(tensor.shape) for tensor in tensors.values())
     shape = f"width {config.dim}, {config.layers} blocks, {config.heads} heads, {count:,} parameters"
-    return f"that is {' or '.join(presets) or 'a network of its own size'}: {shape}"
+    return f"taken as {model}{size}: {shape}"
 
 
 def _check_dtypes(tensors: Tensors, source: Path) -> None:
@@ -143,7 +146,7 @@ def _check_dtypes(tensors: Tensors, source: Path) -> None:
 def _with_lora(tensors: Tensors, family: Family, lora: Path, scale: float) -> Tensors:
     found = open_source(lora)
     print(f"found {found.path}: {found.kind}, {len(found.tensors)} tensors of a LoRA")
-    rename = families.renaming(family.diffusers_names, back=True)
+    rename = families.diffusers_to_published(family)
     return merging.add_lora(tensors, found.tensors, found.metadata, scale, rename)
 
 

@@ -33,7 +33,8 @@ ERROR_GRAD = (
 )
 ERROR_TANGENT = "the tangent of mode='forward' is a constant: differentiate the primal output of jax.jvp only"
 
-# (params, x_BLD, modulation_B6D, text_BSD, attend) -> x_BLD: one block, with its attention op as an argument.
+# (params, x_BLD, modulation, text_BSD, attend) -> x_BLD: one block, with its attention op as an argument. The time
+# comes in through `modulation`, an array of any shape; an image's tokens may precede the caption's in `text_BSD`.
 Block = Callable[[Any, jax.Array, jax.Array, jax.Array, Attend], jax.Array]
 
 
@@ -41,7 +42,7 @@ def run_blocks(
     block: Block,
     params: Any,
     x_BLD: jax.Array,
-    modulation_B6D: jax.Array,
+    modulation: jax.Array,
     text_BSD: jax.Array,
     *,
     mode: Mode,
@@ -52,9 +53,9 @@ def run_blocks(
     Raises ValueError for an unknown mode or remat policy, TypeError for a derivative `mode` does not serve.
     """
     if mode == "forward":
-        return _forward_mode(block)(params, x_BLD, modulation_B6D, text_BSD)
+        return _forward_mode(block)(params, x_BLD, modulation, text_BSD)
     if mode == "reverse":
-        return _scan_blocks(block, params, x_BLD, modulation_B6D, text_BSD, remat)
+        return _scan_blocks(block, params, x_BLD, modulation, text_BSD, remat)
     raise ValueError(
         f"{mode=} must be 'reverse' (values and gradients) or 'forward' (jax.jvp and gradients through it)"
     )

@@ -10,18 +10,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float
 
 from rcm_jax.models.blocks import Attend, Mode, Remat, run_blocks
+from rcm_jax.models.layers import (
+    MLP,
+    Rotary,
+    gelu,
+    gelu_tanh,
+    layer_norm,
+    linear,
+    patchify,
+    rms_norm,
+    rotary_table,
+    sinusoids,
+    spread,
+    stack_blocks,
+    time_rows,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class WanConfig:
-    """Shape of a Wan network. `in_channels` counts the latent and any condition concatenated to it."""
+    """Shape of a Wan network. `in_channels` counts the latent and any condition concatenated to it.
+
+    A network with `image_tokens` also attends to that many CLIP features, of width `image_dim`, of the first frame.
+    A model with a `boundary` is two networks of this shape: one for RF times from there on, one for those below.
+    """
 
     dim: int
     ffn_dim: int
@@ -32,8 +49,11 @@ class WanConfig:
     out_channels: int = 16
     text_dim: int = 4096
     text_length: int = 512
+    image_tokens: int = 0
+    image_dim: int = 1280
     time_dim: int = 256
     norm_eps: float = 1e-6
+    boundary: float | None = None
 
     def __post_init__(self):
         if self.dim % (2 * self.heads):
@@ -50,6 +70,11 @@ class WanConfig:
         return math.prod(n // p for n, p in zip(latent_shape, self.patch, strict=False))
 
 
+_1_3B = WanConfig(dim=1536, ffn_dim=8960, heads=12, layers=30)
+_5B = WanConfig(dim=3072, ffn_dim=14336, heads=24, layers=30, in_channels=48, out_channels=48)
+_14B = WanConfig(dim=5120, ffn_dim=13824, heads=40, layers=40)
+_IMAGE_CHANNELS = 16 + 4 + 16  # noise, mask of the given frames, their latent
+
 PRESETS = {
     "digits": WanConfig(
         dim=128,
@@ -62,13 +87,17 @@ PRESETS = {
         text_dim=32,
         text_length=8,
     ),
-    "wan2.1-t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, heads=12, layers=30),
-    "wan2.1-t2v-14b": WanConfig(dim=5120, ffn_dim=13824, heads=40, layers=40),
+    "wan2.1-t2v-1.3b": _1_3B,
+    "wan2.1-t2v-14b": _14B,
+    "wan2.1-i2v-14b": dataclasses.replace(_14B, in_channels=_IMAGE_CHANNELS, image_tokens=257),
+    "wan2.2-t2v-a14b": dataclasses.replace(_14B, boundary=0.875),
+    "wan2.2-i2v-a14b": dataclasses.replace(_14B, in_channels=_IMAGE_CHANNELS, boundary=0.9),
+    "wan2.2-ti2v-5b": _5B,
 }
 
 
 class Wan(nnx.Module):
-    """Predicts the rectified-flow velocity of a latent video from a caption."""
+    """Predicts the rectified-flow velocity of a latent video from a caption and, for some models, an image."""
 
     def __init__(self, config: WanConfig, *, dtype: Any = jnp.float32, remat: Remat = "none", rngs: nnx.Rngs):
         c = config
@@ -76,77 +105,94 @@ class Wan(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.remat: Remat = remat
-        self.patch_embedding = _linear(c.in_channels * patch_channels, c.dim, dtype, rngs)
-        self.text_embedding = MLP(c.text_dim, c.dim, c.dim, dtype, rngs)
-        self.time_embedding = TimeEmbedding(c.time_dim, c.dim, rngs)
-        self.time_projection = _linear(c.dim, 6 * c.dim, jnp.float32, rngs)
-        self.blocks = _stack_blocks(config, dtype, rngs)
+        self.patch_embedding = linear(c.in_channels * patch_channels, c.dim, dtype, rngs)
+        self.text_embedding = MLP(c.text_dim, c.dim, c.dim, dtype, rngs, activation=gelu_tanh)
+        if c.image_tokens:
+            self.image_embedding = ImageEmbedding(c.image_dim, c.dim, dtype, rngs)
+        self.time_embedding = MLP(c.time_dim, c.dim, c.dim, jnp.float32, rngs, activation=jax.nn.silu)
+        self.time_projection = linear(c.dim, 6 * c.dim, jnp.float32, rngs)
+        self.blocks = stack_blocks(lambda rngs: Block(config, dtype, rngs), c.layers, rngs)
         self.head = Head(c.dim, c.out_channels * patch_channels, c.norm_eps, rngs)
 
     def __call__(
         self,
         x_BTHWC: Float[Array, "b t h w c"],
-        time_B: Float[Array, "b"],
+        time: Float[Array, "b"] | Float[Array, "b k"],
         text_BSD: Float[Array, "b s d"],
         *,
-        condition_BTHWC: Float[Array, "b t h w k"] | None = None,
+        condition_BTHWC: Float[Array, "b t h w m"] | None = None,
+        image_BND: Float[Array, "b n i"] | None = None,
         mode: Mode = "reverse",
     ) -> Float[Array, "b t h w o"]:
-        """Velocity, float32, of the latent `x_BTHWC` at network time `time_B` (1000 x RF time).
+        """Velocity, float32, of the latent `x_BTHWC` at network time `time` (1000 x RF time).
 
-        `condition_BTHWC` (image-to-video: mask and latent) is concatenated after x. `mode` as in blocks.run_blocks.
-        Raises ValueError for a latent that does not divide into patches or has other channels than the config.
+        Where frames have times of their own (TI2V, whose given first frame is at 0), `time` holds one for every frame
+        or every token of a sample. `condition_BTHWC` (I2V: mask and latent) is concatenated after x, `image_BND` are
+        the CLIP features that Wan2.1 I2V attends to. `mode` as in blocks.run_blocks.
+
+        Raises ValueError for a latent that does not divide into patches, has other channels than the config or other
+        times than one a sample, frame or token, and for image features that the network does not take or lacks.
         """
         if condition_BTHWC is not None:
             x_BTHWC = jnp.concatenate([x_BTHWC, condition_BTHWC.astype(x_BTHWC.dtype)], axis=-1)
-        _check_latent(x_BTHWC.shape, self.config)
-        kt, kh, kw = self.config.patch
-        t, h, w = (n // k for n, k in zip(x_BTHWC.shape[1:4], self.config.patch, strict=True))
-
-        patches = rearrange(x_BTHWC, "b (t kt) (h kh) (w kw) c -> b (t h w) (c kt kh kw)", kt=kt, kh=kh, kw=kw)
+        patches, grid = patchify(x_BTHWC, self.config.patch, self.config.in_channels)
         x_BLD = self.patch_embedding(patches)
-        time_BD = self.time_embedding(time_B)
-        modulation_B6D = rearrange(self.time_projection(jax.nn.silu(time_BD)), "b (n d) -> b n d", n=6)
-        text_BSD = self.text_embedding(text_BSD)
+        time_BK = time_rows(time, math.prod(grid))
+        time_BKD = self.time_embedding(sinusoids(time_BK, self.config.time_dim))
+        modulation_BK6D = rearrange(self.time_projection(jax.nn.silu(time_BKD)), "b k (n d) -> b k n d", n=6)
+        context_BSD = self.embed_context(text_BSD, image_BND)
         graph, params = nnx.split(self.blocks)
         params = nnx.to_pure_dict(params)
 
-        def block(params: Any, x: jax.Array, modulation: jax.Array, text: jax.Array, attend: Attend) -> jax.Array:
+        def block(params: Any, x: jax.Array, modulation: jax.Array, context: jax.Array, attend: Attend) -> jax.Array:
             # The table is made here, not closed over: a custom derivative rule must not hold another trace's arrays.
-            rotary = rotary_table((t, h, w), self.config.head_dim)
-            return nnx.merge(graph, params)(x, modulation, text, rotary, attend)
+            rotary = rotary_table(grid, self.config.head_dim)
+            return nnx.merge(graph, params)(x, modulation, context, rotary, attend)
 
-        x_BLD = run_blocks(block, params, x_BLD, modulation_B6D, text_BSD, mode=mode, remat=self.remat)
+        x_BLD = run_blocks(block, params, x_BLD, modulation_BK6D, context_BSD, mode=mode, remat=self.remat)
+        (t, h, w), (kt, kh, kw) = grid, self.config.patch
         return rearrange(
-            self.head(x_BLD, time_BD),
+            self.head(x_BLD, time_BKD),
             "b (t h w) (kt kh kw c) -> b (t kt) (h kh) (w kw) c",
             **dict(t=t, h=h, w=w, kt=kt, kh=kh, kw=kw),
         )
 
+    def embed_context(self, text_BSD: jax.Array, image_BND: jax.Array | None) -> jax.Array:
+        """What cross-attention sees, (B, S, dim): the image's tokens, if the network takes any, then the caption's."""
+        tokens = 0 if image_BND is None else image_BND.shape[1]
+        if tokens != self.config.image_tokens:
+            raise ValueError(
+                f"image_BND has {tokens} tokens, the network takes {self.config.image_tokens}: check the model preset"
+            )
+        text_BSD = self.text_embedding(text_BSD)
+        if image_BND is None:
+            return text_BSD
+        return jnp.concatenate([self.image_embedding(image_BND), text_BSD], axis=1)
+
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention to the caption, and a feed-forward layer, modulated by the time."""
+    """Self-attention, cross-attention to the context, and a feed-forward layer, modulated by the time."""
 
     def __init__(self, config: WanConfig, dtype: Any, rngs: nnx.Rngs):
         c = config
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, c.dim)) / math.sqrt(c.dim))
-        self.norm1 = _layer_norm(c.dim, c.norm_eps, rngs)
+        self.norm1 = layer_norm(c.dim, c.norm_eps, rngs)
         self.self_attn = Attention(config, dtype, rngs)
-        self.norm3 = _layer_norm(c.dim, c.norm_eps, rngs, affine=True)
-        self.cross_attn = Attention(config, dtype, rngs)
-        self.norm2 = _layer_norm(c.dim, c.norm_eps, rngs)
-        self.ffn = MLP(c.dim, c.ffn_dim, c.dim, dtype, rngs)
+        self.norm3 = layer_norm(c.dim, c.norm_eps, rngs, affine=True)
+        self.cross_attn = ImageAttention(config, dtype, rngs) if c.image_tokens else Attention(config, dtype, rngs)
+        self.norm2 = layer_norm(c.dim, c.norm_eps, rngs)
+        self.ffn = MLP(c.dim, c.ffn_dim, c.dim, dtype, rngs, activation=gelu_tanh)
         self.dtype = dtype
 
     def __call__(
-        self, x_BLD: jax.Array, modulation_B6D: jax.Array, text_BSD: jax.Array, rotary: "Rotary", attend: Attend
+        self, x_BLD: jax.Array, modulation_BK6D: jax.Array, context_BSD: jax.Array, rotary: Rotary, attend: Attend
     ) -> jax.Array:
-        modulation_B6D = self.modulation[...][None] + modulation_B6D
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation_B6D, 6, axis=1)
+        rows_BKD = jnp.unstack(self.modulation[...][None, None] + modulation_BK6D, axis=2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (spread(row, x_BLD.shape[1]) for row in rows_BKD)
         y = (self.norm1(x_BLD) * (1 + scale1) + shift1).astype(self.dtype)
         y = self.self_attn(y, y, attend, rotary)
         x_BLD = (x_BLD + y * gate1).astype(self.dtype)
-        x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD).astype(self.dtype), text_BSD, attend)
+        x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD).astype(self.dtype), context_BSD, attend)
         y = self.ffn((self.norm2(x_BLD) * (1 + scale2) + shift2).astype(self.dtype))
         return (x_BLD + y * gate2).astype(self.dtype)
 
@@ -155,21 +201,57 @@ class Attention(nnx.Module):
     """Multi-head attention whose queries and keys are RMS-normalised over the full width, then rotated."""
 
     def __init__(self, config: WanConfig, dtype: Any, rngs: nnx.Rngs):
-        self.q, self.k, self.v, self.o = (_linear(config.dim, config.dim, dtype, rngs) for _ in range(4))
-        self.norm_q, self.norm_k = (
-            nnx.RMSNorm(config.dim, epsilon=config.norm_eps, dtype=jnp.float32, rngs=rngs) for _ in range(2)
-        )
+        self.q, self.k, self.v, self.o = (linear(config.dim, config.dim, dtype, rngs) for _ in range(4))
+        self.norm_q, self.norm_k = (rms_norm(config.dim, config.norm_eps, rngs) for _ in range(2))
         self.heads, self.dtype = config.heads, dtype
 
     def __call__(
-        self, x_BLD: jax.Array, source_BSD: jax.Array, attend: Attend, rotary: "Rotary | None" = None
+        self, x_BLD: jax.Array, source_BSD: jax.Array, attend: Attend, rotary: Rotary | None = None
     ) -> jax.Array:
         q, k = self.norm_q(self.q(x_BLD)), self.norm_k(self.k(source_BSD))
-        q, k, v = (rearrange(a, "b l (n h) -> b l n h", n=self.heads) for a in (q, k, self.v(source_BSD)))
+        return self.o(self.attend_heads(attend, q, k, self.v(source_BSD), rotary))
+
+    def attend_heads(
+        self, attend: Attend, q_BLD: jax.Array, k_BSD: jax.Array, v_BSD: jax.Array, rotary: Rotary | None = None
+    ) -> jax.Array:
+        """Attention of each head, the heads side by side again."""
+        q, k, v = (rearrange(a, "b l (n h) -> b l n h", n=self.heads) for a in (q_BLD, k_BSD, v_BSD))
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         out = attend(q.astype(self.dtype), k.astype(self.dtype), v)
-        return self.o(rearrange(out, "b l n h -> b l (n h)"))
+        return rearrange(out, "b l n h -> b l (n h)")
+
+
+class ImageAttention(Attention):
+    """Cross-attention to the caption plus, of the same queries, to the image tokens that lie before it."""
+
+    def __init__(self, config: WanConfig, dtype: Any, rngs: nnx.Rngs):
+        super().__init__(config, dtype, rngs)
+        self.k_img, self.v_img = (linear(config.dim, config.dim, dtype, rngs) for _ in range(2))
+        self.norm_k_img = rms_norm(config.dim, config.norm_eps, rngs)
+        self.image_tokens = config.image_tokens
+
+    def __call__(
+        self, x_BLD: jax.Array, source_BSD: jax.Array, attend: Attend, rotary: Rotary | None = None
+    ) -> jax.Array:
+        image, text = jnp.split(source_BSD, [self.image_tokens], axis=1)
+        q = self.norm_q(self.q(x_BLD))
+        to_text = self.attend_heads(attend, q, self.norm_k(self.k(text)), self.v(text), rotary)
+        to_image = self.attend_heads(attend, q, self.norm_k_img(self.k_img(image)), self.v_img(image), rotary)
+        return self.o(to_text + to_image)
+
+
+class ImageEmbedding(nnx.Module):
+    """CLIP features to the network's width: norm, linear, GELU, linear, norm."""
+
+    def __init__(self, image_dim: int, dim: int, dtype: Any, rngs: nnx.Rngs):
+        self.norm_in = layer_norm(image_dim, 1e-5, rngs, affine=True)
+        self.mlp = MLP(image_dim, image_dim, dim, dtype, rngs, activation=gelu)
+        self.norm_out = layer_norm(dim, 1e-5, rngs, affine=True)
+        self.dtype = dtype
+
+    def __call__(self, image_BND: jax.Array) -> jax.Array:
+        return self.norm_out(self.mlp(self.norm_in(image_BND).astype(self.dtype))).astype(self.dtype)
 
 
 class Head(nnx.Module):
@@ -177,68 +259,13 @@ class Head(nnx.Module):
 
     def __init__(self, dim: int, out_dim: int, eps: float, rngs: nnx.Rngs):
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, dim)) / math.sqrt(dim))
-        self.norm = _layer_norm(dim, eps, rngs)
-        self.head = _linear(dim, out_dim, jnp.float32, rngs)
+        self.norm = layer_norm(dim, eps, rngs)
+        self.head = linear(dim, out_dim, jnp.float32, rngs)
 
-    def __call__(self, x_BLD: jax.Array, time_BD: jax.Array) -> jax.Array:
-        shift, scale = jnp.split(self.modulation[...][None] + time_BD[:, None], 2, axis=1)
+    def __call__(self, x_BLD: jax.Array, time_BKD: jax.Array) -> jax.Array:
+        rows_BKD = jnp.unstack(self.modulation[...][None, None] + time_BKD[:, :, None], axis=2)
+        shift, scale = (spread(row, x_BLD.shape[1]) for row in rows_BKD)
         return self.head(self.norm(x_BLD) * (1 + scale) + shift)
-
-
-class MLP(nnx.Module):
-    """Linear, GELU (tanh), linear."""
-
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, dtype: Any, rngs: nnx.Rngs):
-        self.up = _linear(in_dim, hidden_dim, dtype, rngs)
-        self.down = _linear(hidden_dim, out_dim, dtype, rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
-
-
-class TimeEmbedding(nnx.Module):
-    """Sinusoids of the network time, then linear, SiLU, linear; float32 throughout."""
-
-    def __init__(self, time_dim: int, dim: int, rngs: nnx.Rngs):
-        self.up = _linear(time_dim, dim, jnp.float32, rngs)
-        self.down = _linear(dim, dim, jnp.float32, rngs)
-        self.time_dim = time_dim
-
-    def __call__(self, time_B: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.up(sinusoids(time_B, self.time_dim))))
-
-
-def sinusoids(time_B: jax.Array, dim: int) -> jax.Array:
-    """cos, then sin, of time_B times dim / 2 falling frequencies, with float64's accuracy from float32 arithmetic.
-
-    An angle near 1000 rounded to float32 is off by 3e-5. So the angle is the sum of a coarse part, whose product is
-    exact (12 bits each), and a small rest, and the two meet in the addition theorem.
-    """
-    frequencies = 10000.0 ** (-np.arange(dim // 2) / (dim // 2))
-    step = 2.0 ** np.floor(np.log2(frequencies) - 11)
-    coarse = np.round(frequencies / step) * step
-    rest = (frequencies - coarse).astype(np.float32)[None]
-    coarse = coarse.astype(np.float32)[None]
-    whole = lax.stop_gradient(jnp.round(time_B))[:, None]
-    angle, small = whole * coarse, (time_B[:, None] - whole) * (coarse + rest) + whole * rest
-    cos, sin, cos_small, sin_small = jnp.cos(angle), jnp.sin(angle), jnp.cos(small), jnp.sin(small)
-    return jnp.concatenate([cos * cos_small - sin * sin_small, sin * cos_small + cos * sin_small], axis=-1)
-
-
-Rotary = tuple[jax.Array, jax.Array]
-
-
-def rotary_table(grid_THW: tuple[int, int, int], head_dim: int) -> Rotary:
-    """cos and sin, each (L, head_dim / 2) float32, of the 3-D rotary embedding: a third of a head per axis."""
-    space = head_dim // 6 * 2
-    widths = (head_dim - 2 * space, space, space)
-    positions = jnp.meshgrid(*map(jnp.arange, grid_THW), indexing="ij")
-    angles = [
-        position.reshape(-1, 1) * (10000.0 ** (-jnp.arange(0, width, 2) / width))[None]
-        for position, width in zip(positions, widths, strict=True)
-    ]
-    angles = jnp.concatenate(angles, axis=-1)
-    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BLNH: jax.Array, rotary: Rotary) -> jax.Array:
@@ -247,33 +274,3 @@ def rotate(x_BLNH: jax.Array, rotary: Rotary) -> jax.Array:
     pairs = x_BLNH.astype(jnp.float32).reshape(*x_BLNH.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x_BLNH.shape)
-
-
-def _linear(in_dim: int, out_dim: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
-    init = nnx.initializers.truncated_normal(1.0 / math.sqrt(in_dim))
-    return nnx.Linear(in_dim, out_dim, dtype=dtype, kernel_init=init, rngs=rngs)
-
-
-def _layer_norm(dim: int, eps: float, rngs: nnx.Rngs, *, affine: bool = False) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        dim, epsilon=eps, dtype=jnp.float32, use_scale=affine, use_bias=affine, use_fast_variance=False, rngs=rngs
-    )
-
-
-def _stack_blocks(config: WanConfig, dtype: Any, rngs: nnx.Rngs) -> Block:
-    @nnx.split_rngs(splits=config.layers)
-    @nnx.vmap(in_axes=(0,), out_axes=0)
-    def create(rngs: nnx.Rngs) -> Block:
-        return Block(config, dtype, rngs)
-
-    return create(rngs)
-
-
-def _check_latent(shape: tuple[int, ...], config: WanConfig) -> None:
-    *_, t, h, w, channels = shape
-    if channels != config.in_channels:
-        raise ValueError(
-            f"latent has {channels} channels, the network takes {config.in_channels}: check the model preset"
-        )
-    if any(n % k for n, k in zip((t, h, w), config.patch, strict=True)):
-        raise ValueError(f"latent of {(t, h, w)} frames, rows, columns must divide into patches of {config.patch}")
