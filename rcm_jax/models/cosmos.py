@@ -4,7 +4,9 @@ It differs from Wan in its modulation, which is a low-rank matrix of every layer
 (AdaLN-LoRA), in norms of queries and keys over single heads, in rotary frequencies stretched along each axis, in having
 no biases, and in a last input channel that marks padding.
 
-Precision and the stacked blocks are as in wan.py.
+As in NVIDIA's code the rotary embedding knows nothing of the frame rate. diffusers' video pipeline stretches time by
+24 / fps, and its default fps is 16: there, pass fps=24 for the same function. Precision and the stacked blocks are as
+in wan.py.
 """
 
 import dataclasses

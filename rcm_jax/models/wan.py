@@ -231,13 +231,11 @@ class ImageAttention(Attention):
         self.norm_k_img = rms_norm(config.dim, config.norm_eps, rngs)
         self.image_tokens = config.image_tokens
 
-    def __call__(
-        self, x_BLD: jax.Array, source_BSD: jax.Array, attend: Attend, rotary: Rotary | None = None
-    ) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, source_BSD: jax.Array, attend: Attend) -> jax.Array:
         image, text = jnp.split(source_BSD, [self.image_tokens], axis=1)
         q = self.norm_q(self.q(x_BLD))
-        to_text = self.attend_heads(attend, q, self.norm_k(self.k(text)), self.v(text), rotary)
-        to_image = self.attend_heads(attend, q, self.norm_k_img(self.k_img(image)), self.v_img(image), rotary)
+        to_text = self.attend_heads(attend, q, self.norm_k(self.k(text)), self.v(text))
+        to_image = self.attend_heads(attend, q, self.norm_k_img(self.k_img(image)), self.v_img(image))
         return self.o(to_text + to_image)
 
 

@@ -193,6 +193,7 @@ def cosmos_functions(config, params, model, shape, text):
             x,
             time / 1000,
             to_torch(text),
+            fps=24 if condition.size else None,  # at which diffusers leaves the rotary embedding of videos alone
             condition_mask=to_video(condition) if condition.size else None,
             padding_mask=to_torch(padding[:, None]),
         ).sample
