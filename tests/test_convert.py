@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import functools
 import io
 import itertools
 import json
@@ -20,14 +21,14 @@ import safetensors.numpy
 from flax import traverse_util
 
 from launch.convert import main
+from rcm_jax import checkpoint
 from rcm_jax.checkpoint import Checkpoints, load_safetensors
 from rcm_jax.config import UserError
 from rcm_jax.convert import conversion, families, tensors, writing
 from rcm_jax.convert.conversion import convert
 from rcm_jax.convert.sources import open_source
-from rcm_jax.models.functional import functional
-from rcm_jax.models.presets import PRESETS
-from rcm_jax.models.wan import Wan, WanConfig
+from rcm_jax.models.presets import PRESETS, create_network
+from rcm_jax.models.wan import WanConfig
 from rcm_jax.train import load_params
 
 DIM, FFN, LAYERS, CHANNELS, TEXT = 128, 96, 2, 4, 12
@@ -165,8 +166,9 @@ def test_diffusers_folder_holds_each_tensor_once_under_its_names(written):
     assert sorted(array.size for array in found.values()) == sizes
 
 
+@functools.cache
 def network():
-    return functional(lambda rngs: Wan(CONFIG, rngs=rngs))
+    return create_network(CONFIG)
 
 
 def test_an_orbax_checkpoint_is_opened_by_checkpoints_and_holds_the_networks_parameters(written):
@@ -203,21 +205,45 @@ def test_a_run_loads_its_teacher_from_every_format(name, written):
     assert_matches(params, {key: array.astype(np.float32) for key, array in arrays.items()})
 
 
-def test_a_runs_checkpoint_gives_its_ema_or_another_part(tmp_path):
-    """Both are saved as a run saves them, the arrays in chunks."""
-    config = PRESETS["digits"]
-    student = functional(lambda rngs: Wan(config, rngs=rngs)).init(jax.random.key(0))
-    ema = jax.tree.map(lambda leaf: leaf + 1, student)
+def test_a_runs_checkpoint_gives_its_ema_or_another_part(tmp_path, monkeypatch):
+    """As a run saves it, with an array in several chunks."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 20_000)
+    monkeypatch.setitem(PRESETS, "wan2.1-t2v-small", CONFIG)
+    rng = np.random.default_rng(0)
+    networks = {
+        part: jax.tree.map(lambda leaf: jax.numpy.asarray(rng.standard_normal(leaf.shape)), network().abstract_params())
+        for part in ("ema", "student")
+    }
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1, every=1)
-    checkpoints.save(3, {"student": student, "ema": ema, "iteration": jax.numpy.int32(3)}, None)
+    checkpoints.save(3, {**networks, "student_opt": jax.numpy.ones(2), "iteration": jax.numpy.int32(3)}, None)
     checkpoints.close()
-    for part, expected in ((None, ema), ("student", student), ("ema", ema)):
+    for part, expected in ((None, "ema"), ("student", "student"), ("ema", "ema")):
         target = tmp_path / f"{part}.safetensors"
-        convert(tmp_path / "run", target, model="digits", to="rcm", part=part)
-        loaded = load_params(target, functional(lambda rngs: Wan(config, rngs=rngs)))
-        jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+        convert(tmp_path / "run", target, model="wan2.1-t2v-small", to="rcm", part=part)
+        jax.tree.map(np.testing.assert_array_equal, load_params(target, network()), networks[expected])
     with pytest.raises(UserError, match=r"checkpoints/3 has no --part fake: choose one of ema, student"):
-        convert(tmp_path / "run", tmp_path / "x.pth", model="digits", to="rcm", part="fake")
+        convert(tmp_path / "run", tmp_path / "x.pth", model="wan2.1-t2v-small", to="rcm", part="fake")
+
+
+def test_converted_weights_of_the_official_net_give_its_output(golden, tmp_path, monkeypatch):
+    """By way of Orbax and diffusers' layout, and back to the official names."""
+    facts, _ = golden("wan21_t2v")
+    arrays = {name.removeprefix("weights/"): array for name, array in facts.items() if name.startswith("weights/")}
+    config = WanConfig(48, 96, 2, 2, text_dim=24)
+    monkeypatch.setitem(PRESETS, "wan2.1-t2v-golden", config)
+    safetensors.numpy.save_file(arrays, tmp_path / "0.safetensors")
+    path = ["0.safetensors", "1", "2", "3.safetensors"]
+    for before, after, to in zip(path, path[1:], ("orbax", "diffusers", "rcm"), strict=False):
+        convert(tmp_path / before, tmp_path / after, model="wan2.1-t2v-golden", to=to)
+    found = safetensors.numpy.load_file(tmp_path / "3.safetensors")
+    assert_same(found, {f"net.{name}": array for name, array in arrays.items()})
+
+    net = create_network(config)
+    inputs = (np.moveaxis(facts["x"], 1, -1), facts["t"][:, 0], facts["text"])
+    out = net.apply(load_params(tmp_path / "2", net), *map(jax.numpy.asarray, inputs))
+    out = np.moveaxis(out, -1, 1)
+    # Float32 in another order: the tolerance of test_golden.py.
+    assert np.linalg.norm(out - facts["out"]) <= 1e-5 * np.linalg.norm(facts["out"])
 
 
 PREFIXES = {"net.": "student", "net_ema.": "ema", "net_fake_score.": "fake"}
