@@ -69,10 +69,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     take_step = compile_steps(config, network, optimizers, latent_shape, negative, shardings)
 
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, every=config.checkpoint.every)
-    if checkpoints.latest() is None:
-        start, state = 0, init_state(config, network, optimizers, mesh)
-    else:
-        start, state = checkpoints.restore(abstract, batches)
+    restored = checkpoints.restore(abstract, batches)
+    start, state = restored or (0, init_state(config, network, optimizers, mesh))
     write_run_info(workdir, config.to_dict(), process_index=jax.process_index())
     records = RunRecords(
         workdir,

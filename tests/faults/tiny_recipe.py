@@ -1,0 +1,28 @@
+"""A run of 16 steps on 64 moving digits, with a network that compiles and trains in no time."""
+
+from ml_collections import ConfigDict
+
+from configs import digits_teacher
+from rcm_jax.models import wan
+
+
+def get_config() -> ConfigDict:
+    wan.PRESETS["tiny"] = wan.WanConfig(
+        dim=48,
+        ffn_dim=96,
+        heads=2,
+        layers=2,
+        patch=(4, 8, 8),
+        in_channels=1,
+        out_channels=1,
+        text_dim=32,
+        text_length=8,
+    )
+    config = digits_teacher.get_config()
+    config.stages = "flow_matching:16"
+    config.model.preset = "tiny"
+    config.optimizer.warmup = 2
+    config.data.update({"name": "digits/first_2/1.0.0", "batch_size": 8, "in_memory": False})
+    config.checkpoint.update({"every": 2, "keep": 10})
+    config.log.update({"every": 1, "sample_every": 0})
+    return config
