@@ -63,7 +63,14 @@ def get_config() -> ConfigDict:
             "ema": {"sigma_rel": 0.1},
             # Devices along each axis; -1 takes all that are left.
             "mesh": {"data": -1, "fsdp": 1},
-            "checkpoint": {"every": 100, "keep": 2},
+            # Kept: the newest `keep`, those at multiples of `keep_every` iterations (0: none), and the one with the
+            # lowest value of the metric `best` (empty: none), such as "loss_scm".
+            "checkpoint": {"every": 100, "keep": 2, "keep_every": 0, "best": ""},
+            # What ends a run, see docs/reliability.md; 0: never.
+            "faults": {
+                # Seconds without progress; the first iterations compile.
+                "hang_seconds": 1800.0,
+            },
             # wandb: the name of a project, empty for none. sample_every: iterations between samples, 0 for none.
             "log": {"every": 20, "sample_every": 200, "samples": 8, "wandb": ""},
             "sampling": {

@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 
 from rcm_jax import sampling, sharding
 from rcm_jax.checkpoint import Checkpoints, export_safetensors, load_safetensors
-from rcm_jax.config import UserError, parse_stages
+from rcm_jax.config import Preempted, UserError, parse_stages
 from rcm_jax.convert.wan import params_from_wan, wan_tensors
 from rcm_jax.data import digits, pipeline, text
 from rcm_jax.generation import Sampler, student_sampler
+from rcm_jax.lifetime import termination_notice, watchdog
 from rcm_jax.models.blocks import Remat
 from rcm_jax.models.functional import Network, functional
 from rcm_jax.models.wan import PRESETS, Wan
@@ -68,7 +69,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     take_step = compile_steps(config, network, optimizers, latent_shape, negative, shardings)
 
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, every=config.checkpoint.every)
+    checkpoints = Checkpoints(workdir / "checkpoints", **config.checkpoint)
     restored = checkpoints.restore(abstract, batches)
     start, state = restored or (0, init_state(config, network, optimizers, mesh))
     write_run_info(workdir, config.to_dict(), process_index=jax.process_index())
@@ -82,27 +83,32 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     )
 
     sample = student_sampler(config, network, latent_shape, steps=sampling.MAX_STEPS)
-    window = []
-    for iteration in range(start, total):
-        phase = phase_at(
-            stages,
-            iteration,
-            tangent_warmup=config.loss.tangent_warmup,
-            student_update_freq=config.loss.student_update_freq,
-        )
-        state, metrics = take_step(state, to_mesh(next(batches), mesh), phase)
-        window.append(metrics)
-        done = iteration + 1
-        if done % config.log.every == 0 or done == total:
-            records.write(done, window_means(jax.device_get(window)))
-            window = []
-        if config.log.sample_every and done % config.log.sample_every == 0:
-            record_samples(records, done, sample, state.ema, source, config.log.samples)
-        checkpoints.save(done, state, batches, force=done == total)
-
-    with records.untimed():
-        checkpoints.wait()
+    window, recent = [], {}
+    with termination_notice() as must_end, watchdog(config.faults.hang_seconds) as progresses:
+        for iteration in range(start, total):
+            progresses()
+            if must_end(iteration):
+                checkpoints.save_and_wait(iteration, state, batches, {"metrics": recent})
+                raise Preempted(f"asked to end by SIGTERM: saved iteration {iteration}, the same command continues")
+            phase = phase_at(
+                stages,
+                iteration,
+                tangent_warmup=config.loss.tangent_warmup,
+                student_update_freq=config.loss.student_update_freq,
+            )
+            state, metrics = take_step(state, to_mesh(next(batches), mesh), phase)
+            window.append(metrics)
+            done = iteration + 1
+            if done % config.log.every == 0 or done == total:
+                recent = window_means(jax.device_get(window))
+                records.write(done, recent)
+                window = []
+            if config.log.sample_every and done % config.log.sample_every == 0:
+                record_samples(records, done, sample, state.ema, source, config.log.samples)
+            checkpoints.save(done, state, batches, {"metrics": recent})
+        checkpoints.save_and_wait(total, state, batches, {"metrics": recent})
         export(config, state, workdir)
+    checkpoints.close()
     records.close()
     return state
 

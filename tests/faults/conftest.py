@@ -128,5 +128,5 @@ def undisturbed(make_run) -> Run:
     """The run to compare with."""
     run = make_run("undisturbed")
     run.finish()
-    assert run.saved() == list(range(2, 17, 2))
+    assert run.saved() == list(range(5, 41, 5))
     return run

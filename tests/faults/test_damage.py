@@ -66,13 +66,13 @@ def store_one_leaf_less(step: Path) -> None:
 
 
 DAMAGES = {
-    16: (empty, "FileNotFoundError"),
-    14: (truncate, "error while reading array"),
-    12: (delete_the_arrays, "error while reading array"),
-    10: (flip_a_bit, ""),  # TensorStore finds some, the fingerprint the rest
-    8: (edit_the_description, "its description is not the one that was written"),
-    6: (store_as_bfloat16, "is bfloat16[2, 48], saved was float32[2, 48]"),
-    4: (store_one_leaf_less, "iteration is absent, saved was int32[]"),
+    40: (empty, "FileNotFoundError"),
+    35: (truncate, "error while reading array"),
+    30: (delete_the_arrays, "error while reading array"),
+    25: (flip_a_bit, ""),  # TensorStore finds some, the fingerprint the rest
+    20: (edit_the_description, "its description is not the one that was written"),
+    15: (store_as_bfloat16, "is bfloat16[2, 48], saved was float32[2, 48]"),
+    10: (store_one_leaf_less, "iteration is absent, saved was int32[]"),
 }
 
 
@@ -91,8 +91,8 @@ def test_a_run_goes_on_from_its_newest_sound_checkpoint(undisturbed, make_run):
         assert line.startswith(f"checkpoint {iteration} is set aside as {run.checkpoints / f'{iteration}.damaged'}: ")
         assert reason in line
         assert (run.checkpoints / f"{iteration}.damaged").is_dir()
-    assert "iter  3/16" in output
-    assert "iter  2/16" not in output
+    assert "iter  6/40" in output
+    assert "iter  5/40" not in output
     run.assert_ends_as(undisturbed)
 
 

@@ -1,4 +1,4 @@
-"""A run of 16 steps on 64 moving digits, with a network that compiles and trains in no time."""
+"""A run of 40 steps on 64 moving digits, with a network that compiles and trains in no time."""
 
 from ml_collections import ConfigDict
 
@@ -19,10 +19,10 @@ def get_config() -> ConfigDict:
         text_length=8,
     )
     config = digits_teacher.get_config()
-    config.stages = "flow_matching:16"
+    config.stages = "flow_matching:40"
     config.model.preset = "tiny"
     config.optimizer.warmup = 2
     config.data.update({"name": "digits/first_2/1.0.0", "batch_size": 8, "in_memory": False})
-    config.checkpoint.update({"every": 2, "keep": 10})
+    config.checkpoint.update({"every": 5, "keep": 10})
     config.log.update({"every": 1, "sample_every": 0})
     return config
