@@ -21,7 +21,7 @@ def main() -> None:
     command.add_argument("--workdir", metavar="DIR", required=True, help="where the run keeps all that it writes")
     command.add_argument("--distributed", action="store_true", help="this is one of several processes of the run")
     arguments, config = command.parse()
-    faulthandler.enable(sys.__stderr__)  # a crash outside Python tells where
+    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash outside Python tells where
     with command.reports_user_errors():
         keep_compilations()
         if arguments.distributed:

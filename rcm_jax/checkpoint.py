@@ -5,6 +5,7 @@ Orbax writes it to a temporary directory in the background and renames it when c
 absent; what time or an accident does to it afterwards is found when it is restored.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -371,7 +372,8 @@ def _brief(error: Exception, length: int = 300) -> str:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # stderr may be a file on the disk that is full
+        print(message, file=sys.stderr, flush=True)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,22 +27,26 @@ TIMEOUT = 240  # seconds after which a run that should have ended fails its test
 class Process:
     """A running `launch.train`, and what it printed so far."""
 
-    def __init__(self, words: list[str], log: Path, environment: dict[str, str]):
-        self._log = log
-        with log.open("w") as file:
-            command = [sys.executable, "-m", "launch.train", *words]
-            self._process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT
-            )
+    def __init__(self, words: list[str], environment: dict[str, str]):
+        command = [sys.executable, "-m", "launch.train", *words]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        self._lines: list[bytes] = []
+        assert self._process.stdout is not None
+        self._reader = threading.Thread(target=self._lines.extend, args=(self._process.stdout,))
+        self._reader.start()
         self.pid, self.send_signal, self.poll = self._process.pid, self._process.send_signal, self._process.poll
 
     @property
     def output(self) -> str:
-        return self._log.read_text()
+        return b"".join(self._lines).decode()
 
     def wait(self) -> int:
         """The exit code."""
-        return self._process.wait(TIMEOUT)
+        code = self._process.wait(TIMEOUT)
+        self._reader.join()
+        return code
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Returns when the condition holds; fails if the process ends before."""
@@ -54,7 +59,7 @@ class Process:
     def end(self) -> None:
         if self._process.poll() is None:
             self._process.kill()
-            self._process.wait()
+        self.wait()
 
 
 class Run:
@@ -68,8 +73,7 @@ class Run:
         settings = [f"data.dir={self.folder}", f"teacher.negative_path={self.folder / 'negative.safetensors'}"]
         command = [f"--config={RECIPE}", f"--workdir={self.workdir}", *words]
         command += [f"--config.{setting}" for setting in (*settings, *overrides)]
-        log = self.folder / f"{len(self._processes)}.log"
-        self._processes.append(Process(command, log, environment or {}))
+        self._processes.append(Process(command, environment or {}))
         return self._processes[-1]
 
     def finish(self, *overrides: str, code: int = 0) -> str:

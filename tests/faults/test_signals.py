@@ -1,4 +1,4 @@
-"""A run that is asked to end, is killed, or loses one of its processes goes on, by the same command, as if it had not."""
+"""A run that was asked to end, was killed or lost a process goes on, by the same command, as if it had not."""
 
 import signal
 import socket
