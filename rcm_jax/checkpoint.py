@@ -146,9 +146,7 @@ class Checkpoints:
         """The metadata that was given to `save`. Raises DamagedError if it is no longer what was written."""
         return self._description(iteration)["metadata"]
 
-    def restore(
-        self, abstract_state: Any, iterator: grain.DatasetIterator | None, *, at_most: int | None = None
-    ) -> tuple[int, Any] | None:
+    def restore(self, abstract_state: Any, iterator: grain.DatasetIterator | None) -> tuple[int, Any] | None:
         """Reads the newest checkpoint that is what was saved onto the devices that `abstract_state` asks for.
 
         A damaged one is renamed to ITERATION.damaged, with the reason on stderr, and the one before it is tried.
@@ -157,7 +155,6 @@ class Checkpoints:
             abstract_state: the state that was saved, as arrays or as `jax.ShapeDtypeStruct`s, whose shardings may
                 differ from the saved ones. A leaf without a sharding goes to the first device.
             iterator: set to the saved position; None to leave the data alone.
-            at_most: restore none of a later iteration.
 
         Returns: the iteration and the state; None if nothing was ever saved here.
 
@@ -167,11 +164,10 @@ class Checkpoints:
         """
         self._finish()
         for iteration in reversed(self.iterations()):
-            if at_most is None or iteration <= at_most:
-                try:
-                    return iteration, self._read(iteration, abstract_state, iterator)
-                except DamagedError as damage:
-                    self.set_aside(iteration, "damaged", str(damage))
+            try:
+                return iteration, self._read(iteration, abstract_state, iterator)
+            except DamagedError as damage:
+                self.set_aside(iteration, "damaged", str(damage))
         if any(self.directory.glob("*.damaged*")):
             raise UserError(
                 f"{self.directory} holds damaged checkpoints and no sound one: use another directory to start anew,"
@@ -188,6 +184,14 @@ class Checkpoints:
             source.rename(target)
             _say(f"checkpoint {iteration} is set aside as {target}: {reason}")
         _everywhere(True)  # no process goes on before the rename
+
+    def roll_back(self, iteration: int, abstract_state: Any, reason: str) -> tuple[int, Any] | None:
+        """Restores the newest sound checkpoint up to `iteration` and sets later ones aside; leaves the data alone."""
+        self._finish()
+        for later in self.iterations():
+            if later > iteration:
+                self.set_aside(later, "rolled_back", reason)
+        return self.restore(abstract_state, None)
 
     def wait(self) -> None:
         """Waits for the background write and for the removal of old checkpoints."""

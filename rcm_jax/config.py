@@ -44,8 +44,8 @@ class Preempted(EarlyEnd):
     code = 75  # EX_TEMPFAIL of sysexits.h: a later attempt will succeed
 
 
-class Diverged(EarlyEnd):
-    """The numbers went wrong: do not start again before somebody has looked."""
+class Halted(EarlyEnd):
+    """Something is wrong that another start will not mend: somebody must look first."""
 
     code = 3
 
@@ -253,6 +253,10 @@ _RULES: dict[str, Rule] = {
     "checkpoint.keep_every": _COUNT,
     "checkpoint.best": (lambda value: isinstance(value, str), "the name of a metric, or empty"),
     "faults.hang_seconds": _WEIGHT,
+    "faults.max_skipped": _COUNT,
+    "faults.max_loss_ratio": _WEIGHT,
+    "faults.max_bad_data": _DECAY_RATE,
+    "faults.rollbacks": _COUNT,
     "log.every": _POSITIVE_INTEGER,
     "log.sample_every": _COUNT,
     "log.samples": _POSITIVE_INTEGER,

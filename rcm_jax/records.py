@@ -72,14 +72,24 @@ class RunRecords:
             return
         self._wandb = _start_wandb(wandb_project, workdir) if wandb_project else None
         self._total, self._tokens_per_step, self._console = total, tokens_per_step, console
-        # At iteration 0 nothing is trained yet: whatever is there belongs to another run.
-        first_dropped = resume_at + 1 if resume_at else 0
-        self._log = _open_log(Path(workdir) / "metrics.jsonl", first_dropped)
-        self._tensorboard = _EventFile(Path(workdir) / "tensorboard", first_dropped)
+        self._workdir = Path(workdir)
+        self._open(resume_at)
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=resume_at, bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}")
+
+    def _open(self, resume_at: int) -> None:
+        # At iteration 0 nothing is trained yet: whatever is there belongs to another run.
+        first_dropped = resume_at + 1 if resume_at else 0
+        self._log = _open_log(self._workdir / "metrics.jsonl", first_dropped)
+        self._tensorboard = _EventFile(self._workdir / "tensorboard", first_dropped)
         self._iteration, self._seconds, self._running_since = resume_at, 0.0, time.monotonic()
+
+    def roll_back(self, iteration: int) -> None:
+        """Drops the records of later iterations: the run goes on from this one."""
+        if self.enabled:
+            self._close_files()
+            self._open(iteration)
 
     def write(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """Records the scalar `metrics` after `iteration` steps, and the speed since the last call that had a lower one.
@@ -147,13 +157,16 @@ class RunRecords:
         if not self.enabled:
             return
         self.enabled = False
-        for file in (self._log, self._tensorboard):
-            with _outlives_a_full_disk(self._iteration):
-                file.close()
+        self._close_files()
         if self._bar is not None:
             self._bar.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _close_files(self) -> None:
+        for file in (self._log, self._tensorboard):
+            with _outlives_a_full_disk(self._iteration):
+                file.close()
 
     def __enter__(self) -> "RunRecords":
         return self

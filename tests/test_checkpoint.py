@@ -148,13 +148,19 @@ def test_saves_come_at_multiples_and_when_forced(checkpoints: Checkpoints):
     assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["13", "20"]
 
 
-def test_an_older_checkpoint_can_be_restored_but_not_overtaken(checkpoints: Checkpoints):
+def test_a_run_can_go_back_to_an_older_checkpoint_but_not_overtake_it(
+    checkpoints: Checkpoints, capfd: pytest.CaptureFixture
+):
     for iteration in (10, 20):
         checkpoints.save(iteration, create_state().replace(iteration=jnp.int32(iteration)), None)
-    iteration, state = checkpoints.restore(create_state(), None, at_most=19)
-    assert iteration == state.iteration == 10
     with pytest.raises(UserError, match=r"holds checkpoint 20, later than iteration=11"):
-        checkpoints.save(11, state, None, force=True)
+        checkpoints.save(11, create_state(), None, force=True)
+    restored = checkpoints.roll_back(19, create_state(), "the loss exploded")
+    assert restored is not None
+    assert restored[0] == restored[1].iteration == 10
+    assert "checkpoint 20 is set aside as" in capfd.readouterr().err
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["10", "20.rolled_back"]
+    assert checkpoints.save(11, create_state(), None, force=True)
 
 
 def test_metadata_comes_back(checkpoints: Checkpoints):

@@ -26,7 +26,7 @@ def get_config():
                  "p_G_std": 1.6, "p_D_shift": 5.0, "dcm_steps": 48, "dcm_shift": 5.0},
         "ema": {"sigma_rel": 0.1}, "mesh": {"data": -1, "fsdp": 1},
         "checkpoint": {"every": 100, "keep": 2, "keep_every": 0, "best": ""},
-        "faults": {"hang_seconds": 60.0},
+        "faults": {"hang_seconds": 60.0, "max_skipped": 9, "max_loss_ratio": 9.0, "max_bad_data": 0.01, "rollbacks": 0},
         "log": {"every": 10, "sample_every": 0, "samples": 8, "wandb": config_dict.placeholder(str)},
         "sampling": {"sigma_max": 80.0, "mid_times": (1.5, 1.4, 1.0), "teacher_steps": 50,
                      "teacher_shift": 3.0},

@@ -15,12 +15,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from rcm_jax.checkpoint import export_safetensors, load_safetensors
-from rcm_jax.data import digits, text
+from rcm_jax.data import digits, pipeline, text
 
 ROOT = Path(__file__).parents[2]
-RECIPE = Path(__file__).parent / "tiny_recipe.py"
+RECIPE = ROOT / "benchmarks" / "tiny_recipe.py"
 TIMEOUT = 240  # seconds after which a run that should have ended fails its test
 
 
@@ -116,6 +117,50 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     digits.build(folder, limit=2)
     export_safetensors(folder / "negative.safetensors", {"text": text.encode([""])[0]}, {})
     return folder
+
+
+class Records(tfds.core.GeneratorBasedBuilder):
+    """Records given as a class attribute, any number of frames long."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = None
+    records: tuple[dict, ...] = ()
+
+    def _info(self):
+        video = tfds.features.Tensor(shape=(None, digits.SIZE, digits.SIZE, 1), dtype=np.float32, encoding="bytes")
+        embedding = tfds.features.Tensor(shape=(text.LENGTH, text.DIM), dtype=np.float32, encoding="bytes")
+        features = {"latent": video, "text": embedding, "prompt": tfds.features.Text()}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield from enumerate(self.records)
+
+
+@pytest.fixture(scope="session")
+def write_records(folder: Path):
+    """`write_records(name, count, changes)` writes digits, of which the records in `changes` are changed.
+
+    Gives the override that makes a run read them.
+    """
+    source = pipeline.open_source("digits/first_2/1.0.0", folder, "train")
+    sound = pipeline.read(source, range(len(source)))
+
+    def write(name: str, count: int, changes: dict[int, dict]) -> str:
+        keys = ("latent", "text", "prompt")
+        records = [{key: sound[key][number % len(source)] for key in keys} for number in range(count)]
+        for number, change in changes.items():
+            records[number] |= change
+        builder = type(name, (Records,), {"records": tuple(records), "__module__": __name__})
+        builder = builder(data_dir=folder, file_format="array_record")
+        builder.download_and_prepare()
+        return f"data.name={builder.data_path}"
+
+    return write
 
 
 @pytest.fixture(scope="session")

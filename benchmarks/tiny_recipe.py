@@ -1,4 +1,8 @@
-"""A run of 40 steps on 64 moving digits, with a network that compiles and trains in no time."""
+"""A run of 40 steps on 64 moving digits, with a network that compiles and trains in no time.
+
+`python -m benchmarks.soak` and the tests in tests/faults break it in every way. It needs digits.build(DIR, limit=2) and
+the embedding of the empty caption: data.dir and teacher.negative_path name them.
+"""
 
 from ml_collections import ConfigDict
 
