@@ -22,9 +22,8 @@ import numpy as np
 from rcm_jax.convert import families, orbax, safetensors_file
 from rcm_jax.convert.conversion import SHARD_BYTES, STEM
 from rcm_jax.convert.tensors import BFLOAT16, LazyTensor
-from rcm_jax.convert.writing import write_json
 
-CONVERSIONS = (("wan", "orbax"), ("wan", "rcm"), ("wan", "diffusers"), ("orbax", "wan"))
+CONVERSIONS = (("wan", "orbax"), ("orbax", "wan"), ("wan", "rcm"), ("wan", "diffusers"))
 
 
 def main() -> None:
@@ -34,6 +33,7 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the checkpoints lie")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the JSON to write")
     arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     print(f"| {'conversion':36} | GB | peak MiB | s |\n|---|---|---|---|")
     for model in arguments.models.split(","):
@@ -44,9 +44,8 @@ def main() -> None:
             rows.append(measure(source, target, model, f"{source_layout} to {to}", to))
             remove(source)
             remove(target)
-    facts = {"command": sys.argv, "machine": f"{platform.machine()}, {os.cpu_count()} cores", "rows": rows}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out, facts)
+            facts = {"command": sys.argv, "machine": f"{platform.machine()}, {os.cpu_count()} cores", "rows": rows}
+            arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def write_holes(folder: Path, model: str, layout: str) -> None:
@@ -57,7 +56,8 @@ def write_holes(folder: Path, model: str, layout: str) -> None:
         for name, shape in families.tensor_shapes(family, config).items()
     }
     if layout == "orbax":
-        orbax.plan_checkpoint(families.stacked(tensors, family, config), {}).finish(folder, {})
+        plan = orbax.plan_checkpoint(families.stacked(tensors, family, config), {})
+        plan.finish(folder, {piece.key: (0, 0) for piece in plan.pieces})
         return
     plan = safetensors_file.plan_sharded(STEM, families.arranged(tensors, family, "wan", config), SHARD_BYTES)
     plan.finish(folder, {})

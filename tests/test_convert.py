@@ -177,8 +177,8 @@ def test_an_orbax_checkpoint_is_opened_by_checkpoints_and_holds_the_networks_par
     params = network().abstract_params()
     state = {"params": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)}
     checkpoints = Checkpoints(folder / "our", keep=1, every=1)
-    iteration, restored = checkpoints.restore(state, None)
-    assert checkpoints.metadata()["model"] == "wan2.1-t2v"
+    iteration, restored = checkpoints.restore(state, None)  # which compares the fingerprints
+    assert checkpoints.metadata(0)["model"] == "wan2.1-t2v"
     checkpoints.close()
     assert iteration == 0
     assert_matches(restored["params"], arrays)

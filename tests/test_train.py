@@ -219,6 +219,7 @@ def test_an_update_draws_anew_for_every_iteration_and_seed_and_follows_the_warm_
     mesh, optimizers = sharding.make_mesh(), training.create_optimizers(config)
     place = jax.tree.map(lambda leaf: leaf.sharding, training.abstract_state(config, STUB, optimizers, mesh))
     batch = {"latent": np.ones((8, 8, 16, 16, 1), np.float32), "text": np.ones((8, 8, 32), np.float32)}
+    batch["fault"] = np.zeros(8, np.int32)
 
     def loss(*, seed=0, iteration=0, ratio=0.5):
         config.seed = seed

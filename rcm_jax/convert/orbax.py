@@ -4,6 +4,7 @@ Orbax would hold a whole array in memory, and one array has a parameter of all l
 ours are written as plain zarr folders with one uncompressed chunk a layer.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
+from rcm_jax import integrity
 from rcm_jax.convert.tensors import BFLOAT16, is_counts, read_json, refusal
 from rcm_jax.convert.writing import Piece, Plan, as_bytes, write_json, write_piece
 
@@ -86,27 +88,33 @@ def plan_checkpoint(leaves: Mapping[str, NewLeaf], metadata: Mapping[str, Any]) 
 
     `metadata` is what `Checkpoints.metadata` will return.
     """
-    pieces = []
+    pieces, files = [], {}
     for path, leaf in leaves.items():
         itemsize = leaf.dtype.itemsize
         for index, chunk in enumerate(leaf.chunks):
             shape = leaf.shape[1:] if leaf.stacked else leaf.shape
             numbers = [index if leaf.stacked and axis == 0 else 0 for axis in range(len(leaf.shape))]
             file = f"0/state/{ROOT}{path}/{'.'.join(map(str, numbers or [0]))}"
-            pieces.append(Piece(file, file, int(np.prod(shape)) * itemsize, _writer(file, chunk)))
+            write = functools.partial(_write_chunk, file=file, chunk=chunk, layer=index if leaf.stacked else None)
+            pieces.append(Piece(file, file, int(np.prod(shape)) * itemsize, write))
+            files.setdefault(path, []).append(file)
 
-    def finish(folder: Path, _: Mapping[str, Any]) -> None:
+    def finish(folder: Path, lanes: Mapping[str, Any]) -> None:
+        fingerprints = {path: integrity.join_lanes(lanes[file] for file in files[path]) for path in leaves}
         for path, leaf in leaves.items():
             write_json(folder / f"0/state/{ROOT}{path}/.zarray", _zarray(leaf))
         write_json(folder / "0/state/_METADATA", _orbax_metadata(leaves))
-        write_json(folder / "0/description/metadata", _description(leaves, metadata))
+        write_json(folder / "0/description/metadata", _description(leaves, fingerprints, metadata))
         write_json(folder / "0/_CHECKPOINT_METADATA", {})
 
     return Plan(pieces, finish)
 
 
-def _writer(file: str, chunk: Callable[[], np.ndarray]) -> Callable[[Path], None]:
-    return lambda folder: write_piece(folder / file, 0, as_bytes(chunk()))
+def _write_chunk(folder: Path, *, file: str, chunk: Callable[[], np.ndarray], layer: int | None) -> list[int]:
+    """Returns what the chunk adds to the fingerprint of its array."""
+    array = chunk()
+    write_piece(folder / file, 0, as_bytes(array))
+    return integrity.part_lanes(array, layer)
 
 
 def _zarray(leaf: NewLeaf) -> dict[str, Any]:
@@ -140,12 +148,17 @@ def _orbax_metadata(leaves: Mapping[str, NewLeaf]) -> dict[str, Any]:
     }
 
 
-def _description(leaves: Mapping[str, NewLeaf], metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _description(
+    leaves: Mapping[str, NewLeaf], fingerprints: Mapping[str, str], metadata: Mapping[str, Any]
+) -> dict[str, Any]:
     """The same facts as checkpoint.py saves beside a state."""
-    return {
-        "leaves": {ROOT + path: {"shape": leaf.shape, "dtype": leaf.dtype.name} for path, leaf in leaves.items()},
-        "key_impls": {},
-        "processes": 1,
-        "has_data": False,
-        "metadata": dict(metadata),
-    }
+    shapes = {ROOT + path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name} for path, leaf in leaves.items()}
+    return integrity.seal(
+        {
+            "leaves": shapes,
+            "fingerprints": {ROOT + path: fingerprint for path, fingerprint in fingerprints.items()},
+            "key_impls": {},
+            "position": None,
+            "metadata": dict(metadata),
+        }
+    )
