@@ -22,6 +22,7 @@ import numpy as np
 from rcm_jax.convert import families, orbax, safetensors_file
 from rcm_jax.convert.conversion import SHARD_BYTES, STEM
 from rcm_jax.convert.tensors import BFLOAT16, LazyTensor
+from rcm_jax.models.presets import PRESETS
 
 CONVERSIONS = (("wan", "orbax"), ("orbax", "wan"), ("wan", "rcm"), ("wan", "diffusers"))
 
@@ -50,7 +51,7 @@ def main() -> None:
 
 def write_holes(folder: Path, model: str, layout: str) -> None:
     """A checkpoint of zeros, bfloat16, in Wan's own layout or ours, without the zeros."""
-    family, config = families.find_model(model)
+    family, config = families.find_model(model)[0], PRESETS[model]
     tensors = {
         name: LazyTensor(shape, BFLOAT16, lambda: np.empty(0, BFLOAT16))
         for name, shape in families.tensor_shapes(family, config).items()

@@ -284,6 +284,37 @@ def test_a_parameter_whose_layers_differ_in_dtype_is_not_stacked(tmp_path):
     convert(tmp_path / "wan", tmp_path / "our", model="wan2.1-t2v", to="orbax", dtype="f32")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_heads": 3}, "a width of 128 does not divide into 3 heads: name a size"),
+        ({"num_heads": "many"}, "a width of 128 does not divide into many heads: name a size"),
+        ([], "config.json must hold settings by name"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message, tmp_path):
+    source = write_wan(tmp_path / "wan", random_network())
+    (source / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError) as error:
+        convert(source, tmp_path / "x.pth", model="wan2.1-t2v", to="rcm")
+    assert str(error.value).startswith(str(source))
+    assert message in str(error.value)
+
+
+def test_another_kind_of_network_is_refused(tmp_path):
+    safetensors.numpy.save_file({"conv.weight": np.ones((2, 2), np.float32)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"x\.safetensors: the checkpoint has no matrix patch_embedding\.weight"):
+        convert(tmp_path / "x.safetensors", tmp_path / "x.pth", model="wan2.1-t2v", to="rcm")
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    arrays = random_network()
+    arrays["head.head.bias"] = arrays["head.head.bias"].astype(np.int64)
+    source = write_wan(tmp_path / "wan", arrays)
+    with pytest.raises(UserError, match=r"must hold float32.* numbers, save it so: head\.head\.bias is int64"):
+        convert(source, tmp_path / "x.pth", model="wan2.1-t2v", to="rcm")
+
+
 def test_a_folder_is_split_into_shards_with_an_index(tmp_path):
     arrays = random_network()
     write_wan(tmp_path / "one", arrays)

@@ -7,15 +7,33 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_convert import BF16, random_network, read_wan, write_wan
 
 from launch.convert import main
 from rcm_jax.config import UserError
 from rcm_jax.convert import families, merging
 from rcm_jax.convert.conversion import convert
 from rcm_jax.convert.tensors import LazyTensor
+from rcm_jax.models.wan import WanConfig
 
+BF16 = np.dtype(ml_dtypes.bfloat16)
 EPSILON = {np.dtype(np.float32): 2.0**-23, BF16: 2.0**-7}
+
+
+SHAPES = families.tensor_shapes(families.WAN, WanConfig(128, 96, 1, 2, in_channels=4, out_channels=4, text_dim=12))
+
+
+def random_network(seed=0, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in SHAPES.items()}
+
+
+def write(path: Path, arrays) -> Path:
+    safetensors.numpy.save_file(arrays, path)
+    return path
+
+
+def read(path: Path):
+    return {name.removeprefix("net."): array for name, array in safetensors.numpy.load_file(path).items()}
 
 
 def lazy(arrays):
@@ -38,10 +56,11 @@ def assert_rounded(found, exact, dtype, *terms):
 @pytest.mark.parametrize("scale", [1.0, 0.35, -2.0])
 def test_a_delta_is_added_to_every_tensor(scale, dtype, tmp_path):
     base, teacher, student = (random_network(seed, dtype) for seed in range(3))
-    paths = [write_wan(tmp_path / name, a) for name, a in zip("bts", (base, teacher, student), strict=True)]
-    words = [paths[0], tmp_path / "out", "--model", "wan2.2-t2v", "--to", "wan", "--add-delta", *paths[1:]]
+    paths = [write(tmp_path / name, a) for name, a in zip("bts", (base, teacher, student), strict=True)]
+    out = tmp_path / "out.safetensors"
+    words = [paths[0], out, "--model", "wan2.2-t2v", "--to", "rcm", "--add-delta", *paths[1:]]
     main([*map(str, words), "--scale", str(scale)])
-    for name, found in read_wan(tmp_path / "out").items():
+    for name, found in read(out).items():
         b, t, s = (wide(network[name]) for network in (base, teacher, student))
         assert_rounded(found, b + scale * (s - t), dtype, b, scale * s, scale * t)
 
@@ -49,10 +68,10 @@ def test_a_delta_is_added_to_every_tensor(scale, dtype, tmp_path):
 def test_the_three_networks_of_a_delta_may_lie_in_three_formats(tmp_path):
     base, teacher, student = (random_network(seed) for seed in range(3))
     for name, network, to in (("b", base, "orbax"), ("t", teacher, "diffusers"), ("s.pth", student, "rcm")):
-        convert(write_wan(tmp_path / f"{name}.wan", network), tmp_path / name, model="wan2.1-t2v", to=to)
-    paths = tmp_path / "t", tmp_path / "s.pth"
-    convert(tmp_path / "b", tmp_path / "out", model="wan2.1-t2v", to="wan", delta=paths, dtype="bf16")
-    for name, found in read_wan(tmp_path / "out").items():
+        convert(write(tmp_path / f"{name}.start", network), tmp_path / name, model="wan2.1-t2v", to=to)
+    out, paths = tmp_path / "out.safetensors", (tmp_path / "t", tmp_path / "s.pth")
+    convert(tmp_path / "b", out, model="wan2.1-t2v", to="rcm", delta=paths, dtype="bf16")
+    for name, found in read(out).items():
         b, t, s = (wide(network[name]) for network in (base, teacher, student))
         # Rounded to float32, as the base is, and then to bfloat16.
         assert_rounded(found, b + (s - t), BF16, b, s, t, b + (s - t))
@@ -126,7 +145,7 @@ NOTES = {"transformer.r": RANK, "transformer.lora_alpha": 6, "transformer.alpha_
 
 
 @pytest.mark.parametrize(
-    ("write", "metadata", "alpha"),
+    ("named", "metadata", "alpha"),
     [
         (in_diffusers_naming, {}, RANK),
         (in_diffusers_naming, {"lora_adapter_metadata": json.dumps(NOTES)}, 6.0),
@@ -136,14 +155,14 @@ NOTES = {"transformer.r": RANK, "transformer.lora_alpha": 6, "transformer.alpha_
 )
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_a_lora_is_added_to_the_layers_it_names(scale, dtype, write, metadata, alpha, tmp_path):
+def test_a_lora_is_added_to_the_layers_it_names(scale, dtype, named, metadata, alpha, tmp_path):
     arrays = random_network(dtype=dtype)
     matrices = random_lora(arrays)
-    safetensors.numpy.save_file(write(matrices), tmp_path / "lora.safetensors", metadata)
-    source = write_wan(tmp_path / "wan", arrays)
-    words = [source, tmp_path / "out", "--model", "wan2.1-t2v", "--to", "wan", "--lora", tmp_path / "lora.safetensors"]
+    safetensors.numpy.save_file(named(matrices), tmp_path / "lora.safetensors", metadata)
+    source, out = write(tmp_path / "x.safetensors", arrays), tmp_path / "out.safetensors"
+    words = [source, out, "--model", "wan2.1-t2v", "--to", "rcm", "--lora", tmp_path / "lora.safetensors"]
     main([*map(str, words), "--scale", str(scale)])
-    merged = read_wan(tmp_path / "out")
+    merged = read(out)
     for name, array in arrays.items():
         if name.removesuffix(".weight") in LAYERS:
             down, up = map(wide, matrices[name.removesuffix(".weight")])
@@ -166,10 +185,8 @@ def test_plain_differences_in_a_lora_file_are_added():
 
 
 def add(lora: dict, metadata: dict | None = None):
-    family = families.find_model("wan2.1-t2v")[0]
-    rename = families.diffusers_to_published(family)
-    arrays = {name: array.reshape(len(array), -1) for name, array in random_network().items()}
-    return merging.add_lora(lazy(arrays), lazy(lora), metadata or {}, 1.0, rename)
+    rename = families.diffusers_to_published(families.WAN)
+    return merging.add_lora(lazy(random_network()), lazy(lora), metadata or {}, 1.0, rename)
 
 
 Q = "transformer.blocks.0.attn1.to_q"
@@ -202,7 +219,7 @@ def test_a_lora_that_does_not_fit_is_refused_by_name(lora, metadata, message):
 
 def test_nothing_is_written_of_a_merge_that_does_not_fit(tmp_path: Path):
     safetensors.numpy.save_file(pair("x"), tmp_path / "lora.safetensors")
-    source = write_wan(tmp_path / "wan", random_network())
+    source = write(tmp_path / "x.safetensors", random_network())
     with pytest.raises(UserError, match="does not fit"):
         convert(source, tmp_path / "x.pth", model="wan2.1-t2v", to="rcm", lora=tmp_path / "lora.safetensors")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora.safetensors", "wan"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora.safetensors", "x.safetensors"]

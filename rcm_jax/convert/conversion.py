@@ -16,6 +16,7 @@ from rcm_jax.convert.families import Family
 from rcm_jax.convert.sources import Part, Source, open_source
 from rcm_jax.convert.tensors import BFLOAT16, Tensors
 from rcm_jax.convert.writing import Plan, check_target, write_json, write_plan
+from rcm_jax.models.presets import PRESETS, Config
 
 Format = Literal["orbax", "wan", "rcm", "diffusers"]
 DTYPES = {"bf16": BFLOAT16, "f32": np.dtype("<f4")}
@@ -62,7 +63,7 @@ def convert(
         raise UserError(f"--model {model} has no wan layout: write --to rcm, which is its authors' own, or another")
     tensors, found = _read(source, family, part)
     if config is None:
-        config = family.config_from_tensors({name: t.shape for name, t in tensors.items()}, found.settings)
+        config = _config_of(found, tensors, family)
         model, config = families.name_config(config, model)
     print(_describe(model, config, tensors))
     shapes = families.tensor_shapes(family, config)
@@ -97,8 +98,17 @@ def _read(path: Path, family: Family, part: Part | None) -> tuple[Tensors, Sourc
     return tensors, found
 
 
+def _config_of(found: Source, tensors: Tensors, family: Family) -> Config:
+    try:
+        return family.config_from_tensors({name: tensor.shape for name, tensor in tensors.items()}, found.settings)
+    except UserError as error:
+        raise UserError(f"{found.path}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{found.path}: {error}; name a size with --model, or mend config.json") from None
+
+
 def plan_target(
-    tensors: Tensors, family: Family, config: Any, to: Format, *, model: str, file: str | None, limit: int
+    tensors: Tensors, family: Family, config: Config, to: Format, *, model: str, file: str | None, limit: int
 ) -> Plan:
     """How to write published tensors in a format: as one `file`, or a folder of files of at most `limit` bytes."""
     if to == "orbax":
@@ -130,8 +140,8 @@ def _is_file(target: Path, to: Format) -> bool:
     return False
 
 
-def _describe(model: str, config: Any, tensors: Tensors) -> str:
-    size = "" if model in families.PRESETS else " of its own size"
+def _describe(model: str, config: Config, tensors: Tensors) -> str:
+    size = "" if model in PRESETS else " of its own size"
     count = sum(math.prod(tensor.shape) for tensor in tensors.values())
     shape = f"width {config.dim}, {config.layers} blocks, {config.heads} heads, {count:,} parameters"
     return f"taken as {model}{size}: {shape}"

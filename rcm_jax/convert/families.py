@@ -220,4 +220,4 @@ def check(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], source: str) 
         if name in shapes and tensor.shape != shapes[name]
     ]
     if faults:
-        raise refusal(source, "does not fit the model, nothing was written", "; ".join(faults))
+        raise refusal(source, "does not fit the model, nothing was written; check --model", "; ".join(faults))

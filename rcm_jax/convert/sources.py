@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from rcm_jax.config import UserError
@@ -29,6 +30,10 @@ _LEAF_PREFIXES: dict[str, Part] = {
 }
 
 
+# Folders of networks in Wan2.2's release and in diffusers' pipelines.
+_EXPERTS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2")
+
+
 class Source(NamedTuple):
     """One network of a checkpoint.
 
@@ -39,10 +44,10 @@ class Source(NamedTuple):
     path: Path
     kind: str
     tensors: Tensors
-    leaves: dict[str, Leaf]
     part: Part | None
-    settings: Mapping[str, Any]
-    metadata: Mapping[str, str]
+    leaves: Mapping[str, Leaf] = MappingProxyType({})
+    settings: Mapping[str, Any] = MappingProxyType({})
+    metadata: Mapping[str, str] = MappingProxyType({})
 
 
 def open_source(path: Path, part: Part | None = None) -> Source:
@@ -69,11 +74,11 @@ def _open_file(path: Path, part: Part | None) -> Source:
         start = file.read(9)
     if start[:4] == b"PK\3\4":
         tensors, part = _pick(path, torch_file.read_value(torch_file.Region(path)), part)
-        return Source(path, "PyTorch file", tensors, {}, part, {}, {})
+        return Source(path, "PyTorch file", tensors, part)
     if start[8:] == b"{" or path.suffix == ".safetensors":
         tensors, metadata = safetensors_file.read_file(path)
         tensors, part = _pick(path, tensors, part)
-        return Source(path, "safetensors file", tensors, {}, part, {}, metadata)
+        return Source(path, "safetensors file", tensors, part, metadata=metadata)
     remedy = "fetch it again; save a .pth with PyTorch 1.6 or newer"
     raise refusal(path, "is not a complete safetensors file, nor a zip archive of torch.save", remedy)
 
@@ -82,23 +87,19 @@ def _open_folder(path: Path, part: Part | None) -> Source:
     for folder in (path, path / "model"):
         if (folder / ".metadata").is_file():
             tensors, part = _pick(folder, torch_distributed.read_folder(folder), part)
-            return Source(folder, "PyTorch distributed checkpoint", tensors, {}, part, {}, {})
+            return Source(folder, "PyTorch distributed checkpoint", tensors, part)
     if checkpoint := orbax.find_checkpoint(path):
         arrays = orbax.read_leaves(checkpoint)
         arrays = {name: leaf for name, leaf in arrays.items() if name.startswith(tuple(_LEAF_PREFIXES))}
         leaves, part = _choose(checkpoint, arrays, _LEAF_PREFIXES, part)
         leaves = {name.replace("/", "."): leaf for name, leaf in leaves.items()}
-        return Source(checkpoint, "Orbax checkpoint", {}, leaves, part, {}, {})
+        return Source(checkpoint, "Orbax checkpoint", {}, part, leaves)
     experts = [path / name for name in _EXPERTS if (path / name).is_dir()]
     if len(experts) > 1:
         raise UserError(f"{path} holds {len(experts)} networks: give one of {', '.join(map(str, experts))}")
     if experts:
         return _open_folder(experts[0], part)
     return _open_safetensors(path, part)
-
-
-# Folders of networks in Wan2.2's release and in diffusers' pipelines.
-_EXPERTS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2")
 
 
 def _open_safetensors(path: Path, part: Part | None) -> Source:
@@ -114,7 +115,7 @@ def _open_safetensors(path: Path, part: Part | None) -> Source:
     settings = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if not isinstance(settings, dict):
         raise refusal(path / "config.json", "must hold settings by name", "fetch it again")
-    return Source(path, f"folder of {len(files)} safetensors files", tensors, {}, part, settings, {})
+    return Source(path, f"folder of {len(files)} safetensors files", tensors, part, settings=settings)
 
 
 def _pick(path: Path, value: Any, part: Part | None) -> tuple[Tensors, Part | None]:
