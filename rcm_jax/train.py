@@ -36,13 +36,24 @@ OFFICIAL_ELEMENTS = 16 * 21 * 60 * 104
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Runs, or resumes, the experiment that `config` describes; everything it writes lies in `workdir`.
 
-    Returns the last state. Raises ValueError for a config that does not fit its data, its teacher or the devices.
+    Returns the last state.
+
+    Raises:
+        UserError: the config does not fit its data, its teacher or the devices.
+        Preempted: SIGTERM asked it to end.
+        Halted: its numbers or its data are wrong, as config.faults defines it.
     """
+    with termination_notice() as must_end, watchdog(config.faults.hang_seconds) as progresses:
+        return _train(config, Path(workdir), must_end, progresses)
+
+
+def _train(
+    config: ConfigDict, workdir: Path, must_end: Callable[[int], bool], progresses: Callable[[], None]
+) -> TrainState:
     if config.log.sample_every and config.data.name != "digits":
         raise UserError(
             f"log.sample_every={config.log.sample_every} needs a decoder of {config.data.name!r}: set it to 0"
         )
-    workdir = Path(workdir)
     stages = parse_stages(config.stages)
     total = total_iterations(stages)
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
@@ -72,6 +83,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     take_step = compile_steps(config, network, optimizers, latent_shape, negative, shardings)
 
+    progresses()
     checkpoints = Checkpoints(workdir / "checkpoints", **config.checkpoint)
     restored = checkpoints.restore(abstract, batches)
     start, state = restored or (0, init_state(config, network, optimizers, mesh))
@@ -88,49 +100,46 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     sample = student_sampler(config, network, latent_shape, steps=sampling.MAX_STEPS)
     guard = create_guard(config, skipped=int(state.skipped))
     iteration, window, recent, rollbacks, bad_records = start, [], {}, 0, set()
-    with termination_notice() as must_end, watchdog(config.faults.hang_seconds) as progresses:
-        while iteration < total:
-            progresses()
-            if must_end(iteration):
+    while iteration < total:
+        progresses()
+        if must_end(iteration):
+            checkpoints.save_and_wait(iteration, state, batches, {"metrics": recent})
+            raise Preempted(f"asked to end by SIGTERM: saved iteration {iteration}, the same command continues")
+        phase = phase_at(
+            stages,
+            iteration,
+            tangent_warmup=config.loss.tangent_warmup,
+            student_update_freq=config.loss.student_update_freq,
+        )
+        batch = next(batches)
+        report_bad_records(batch, bad_records)
+        batch = to_mesh(batch, mesh)
+        state, metrics = take_step(state, batch, phase)
+        window.append(metrics)
+        iteration += 1
+        trouble = guard.judge(iteration, batch, metrics, last=iteration == total)
+        if trouble:
+            keep_batch(trouble, workdir)
+            restored = None
+            if rollbacks < config.faults.rollbacks and not trouble.is_data:
+                restored = checkpoints.roll_back(trouble.sound, abstract, trouble.reason)
+            if restored is None:
                 checkpoints.save_and_wait(iteration, state, batches, {"metrics": recent})
-                raise Preempted(f"asked to end by SIGTERM: saved iteration {iteration}, the same command continues")
-            phase = phase_at(
-                stages,
-                iteration,
-                tangent_warmup=config.loss.tangent_warmup,
-                student_update_freq=config.loss.student_update_freq,
-            )
-            batch = next(batches)
-            report_bad_records(batch, bad_records)
-            batch = to_mesh(batch, mesh)
-            state, metrics = take_step(state, batch, phase)
-            window.append(metrics)
-            iteration += 1
-            trouble = guard.judge(iteration, batch, metrics)
-            if iteration == total:
-                trouble = trouble or guard.judge_last()
-            if trouble:
-                keep_batch(trouble, workdir)
-                restored = None
-                if rollbacks < config.faults.rollbacks and not trouble.is_data:
-                    restored = checkpoints.roll_back(trouble.sound, abstract, trouble.reason)
-                if restored is None:
-                    checkpoints.save_and_wait(iteration, state, batches, {"metrics": recent})
-                    raise Halted(f"iteration {trouble.iteration}: {trouble.reason}; its batch lies in {workdir}/halted")
-                (iteration, state), window, rollbacks = restored, [], rollbacks + 1
-                guard = create_guard(config, skipped=int(state.skipped))
-                records.roll_back(iteration)
-                records.say(f"rolled back to iteration {iteration}, the data go on: {trouble.reason}")
-                continue
-            if iteration % config.log.every == 0 or iteration == total:
-                recent = window_means(jax.device_get(window))
-                records.write(iteration, recent)
-                window = []
-            if config.log.sample_every and iteration % config.log.sample_every == 0:
-                record_samples(records, iteration, sample, state.ema, source, config.log.samples)
-            checkpoints.save(iteration, state, batches, {"metrics": recent})
-        checkpoints.save_and_wait(total, state, batches, {"metrics": recent})
-        export(config, state, workdir)
+                raise Halted(f"iteration {trouble.iteration}: {trouble.reason}; its batch lies in {workdir}/halted")
+            (iteration, state), window, rollbacks = restored, [], rollbacks + 1
+            guard = create_guard(config, skipped=int(state.skipped))
+            records.roll_back(iteration)
+            records.say(f"rolled back to iteration {iteration}, the data go on: {trouble.reason}")
+            continue
+        if iteration % config.log.every == 0 or iteration == total:
+            recent = window_means(jax.device_get(window))
+            records.write(iteration, recent)
+            window = []
+        if config.log.sample_every and iteration % config.log.sample_every == 0:
+            record_samples(records, iteration, sample, state.ema, source, config.log.samples)
+        checkpoints.save(iteration, state, batches, {"metrics": recent})
+    checkpoints.save_and_wait(total, state, batches, {"metrics": recent})
+    export(config, state, workdir)
     checkpoints.close()
     records.close()
     return state
