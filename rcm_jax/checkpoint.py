@@ -419,7 +419,7 @@ def export_safetensors(
     Every process of a run calls it; sharded arrays are gathered to each host, and process 0 writes.
     """
     path = Path(path)
-    gathered = {name: _on_host(tensor) for name, tensor in tensors.items()}
+    gathered = {name: on_host(tensor) for name, tensor in tensors.items()}
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -434,7 +434,7 @@ def export_safetensors(
         partial.unlink(missing_ok=True)
 
 
-def _on_host(tensor: jax.Array | np.ndarray) -> np.ndarray:
+def on_host(tensor: jax.Array | np.ndarray) -> np.ndarray:
     """The whole tensor in the order of C, which is how safetensors reads the buffer it is given."""
     if isinstance(tensor, jax.Array) and not tensor.is_fully_addressable:
         tensor = multihost_utils.process_allgather(tensor, tiled=True)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rcm_jax import sampling, sharding
-from rcm_jax.checkpoint import Checkpoints, export_safetensors, load_safetensors
+from rcm_jax.checkpoint import Checkpoints, export_safetensors, load_safetensors, on_host
 from rcm_jax.config import Halted, Preempted, UserError, parse_stages
 from rcm_jax.convert.wan import params_from_wan, wan_tensors
 from rcm_jax.data import digits, pipeline, text
@@ -361,5 +361,5 @@ def export(config: ConfigDict, state: TrainState, workdir: Path) -> None:
     """Writes student.safetensors and ema.safetensors, float32, by Wan's tensor names."""
     metadata = {"model": config.model.preset, "stages": config.stages, "iteration": str(int(state.iteration))}
     for name, params in (("student", state.student), ("ema", state.ema)):
-        tensors = wan_tensors(params, PRESETS[config.model.preset])
+        tensors = wan_tensors(jax.tree.map(on_host, params), PRESETS[config.model.preset])
         export_safetensors(workdir / f"{name}.safetensors", tensors, metadata | {"parameters": name})

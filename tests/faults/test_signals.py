@@ -12,7 +12,7 @@ from rcm_jax.checkpoint import load_safetensors
 
 PREEMPTED = 75
 TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "2"}
-EVERY = "checkpoint.every=10"  # processes wait for each other at every save
+SHARDED = ("mesh.fsdp=2", "checkpoint.every=10")  # processes wait for each other at every save
 
 
 def writes(run):
@@ -64,7 +64,7 @@ def start_two(run, *overrides):
     shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     return [
         run.start(
-            EVERY,
+            *SHARDED,
             *overrides,
             words=("--distributed",),
             environment=shared | {"JAX_PROCESS_ID": str(index)},
@@ -76,7 +76,7 @@ def start_two(run, *overrides):
 @pytest.fixture(scope="module")
 def on_two_devices(make_run):
     run = make_run("two_devices")
-    process = run.start(EVERY, environment=TWO_DEVICES)
+    process = run.start(*SHARDED, environment=TWO_DEVICES)
     assert process.wait() == 0, process.output
     return run
 
@@ -103,7 +103,7 @@ def test_two_processes_end_together_and_one_goes_on_alone(on_two_devices, make_r
     second.send_signal(signal.SIGCONT)
     assert second.wait() not in (0, PREEMPTED)
 
-    process = run.start(EVERY, environment=TWO_DEVICES)
+    process = run.start(*SHARDED, environment=TWO_DEVICES)
     assert process.wait() == 0, process.output
     run.assert_ends_as(on_two_devices)
 
