@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,6 +37,7 @@ SOUND = safetensors.numpy.save(
 words = st.text(max_size=30) | st.sampled_from(
     ["none", "True", "1e400", "nan", "-0", "9" * 5000, "(" * 200, "()", "{}"]
 )
+likely = st.sampled_from(["1", "8", "0.5", "true", "none", "float32", "(1.0, 0.5)", "scm:3,rcm:5", "a/path"])
 numbers = st.integers().map(str) | st.floats().map(str)
 tuples = st.recursive(
     numbers, lambda inner: st.lists(inner, max_size=4).map(lambda x: f"({','.join(x)},)"), max_leaves=8
@@ -56,8 +58,10 @@ entries = st.fixed_dictionaries(
 def overrides(draw: st.DrawFn) -> str:
     """KEY=VALUE with a key that exists, or nearly, and any value."""
     known = draw(st.sampled_from(KEYS))
-    key = draw(st.sampled_from([known, known, known[:-1], known.partition(".")[0]]) | words)
-    return key + draw(st.sampled_from(["=", "=", "=", "", "=="])) + draw(numbers | tuples | stages | words)
+    key = draw(st.sampled_from([*5 * [known], known[:-1], known.partition(".")[0]]) | words)
+    return (
+        key + draw(st.sampled_from([*5 * ["="], "", "=="])) + draw(likely | likely | numbers | tuples | stages | words)
+    )
 
 
 @st.composite
@@ -67,12 +71,17 @@ def safetensors_files(draw: st.DrawFn) -> bytes:
     for entry in draw(st.lists(st.sampled_from(sorted(header)), max_size=2, unique=True)):
         header[entry] = draw(entries.map(header[entry].__or__) | words)
     coded = json.dumps(header).encode()
-    length = draw(st.just(len(coded)) | st.integers(0, 2**64 - 1) | st.integers(0, 300))
+    length = draw(mostly(len(coded), st.integers(0, 2**64 - 1) | st.integers(0, 300)))
     data = bytearray(length.to_bytes(8, "little") + coded + SOUND[-24:])
-    for place, value in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=3)):
+    for place, value in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=2)):
         data[place] = value
-    data = bytes(data[: draw(st.just(len(data)) | st.integers(0, len(data)))])
-    return draw(st.just(data) | st.binary(max_size=60))
+    data = bytes(data[: draw(mostly(len(data), st.integers(0, len(data))))])
+    return draw(mostly(data, st.binary(max_size=60)))
+
+
+def mostly(value: Any, others: st.SearchStrategy) -> st.SearchStrategy:
+    """The value, four times in five."""
+    return st.sampled_from([*4 * [st.just(value)], others]).flatmap(lambda chosen: chosen)
 
 
 def flat(config: dict, prefix: str = "") -> list[str]:

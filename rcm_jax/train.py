@@ -120,14 +120,13 @@ def _train(
         trouble = guard.judge(iteration, batch, metrics, last=iteration == total)
         if trouble:
             keep_batch(trouble, workdir)
-            restored = None
-            if rollbacks < config.faults.rollbacks and not trouble.is_data:
-                restored = checkpoints.roll_back(trouble.sound, abstract, trouble.reason)
+            may_go_back = rollbacks < config.faults.rollbacks and not trouble.is_data
+            restored = checkpoints.roll_back(trouble.sound, abstract, trouble.reason) if may_go_back else None
             if restored is None:
                 checkpoints.save_and_wait(iteration, state, batches, {"metrics": recent})
                 raise Halted(f"iteration {trouble.iteration}: {trouble.reason}; its batch lies in {workdir}/halted")
             (iteration, state), window, rollbacks = restored, [], rollbacks + 1
-            guard = create_guard(config, skipped=int(state.skipped))
+            guard.start(skipped=int(state.skipped))
             records.roll_back(iteration)
             records.say(f"rolled back to iteration {iteration}, the data go on: {trouble.reason}")
             continue
