@@ -5,12 +5,10 @@ Orbax writes it to a temporary directory in the background and renames it when c
 absent; what time or an accident does to it afterwards is found when it is restored.
 """
 
-import contextlib
 import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +24,7 @@ from jax.experimental import multihost_utils
 
 from rcm_jax import integrity
 from rcm_jax.config import UserError
+from rcm_jax.records import warn
 
 T = TypeVar("T")
 
@@ -182,7 +181,7 @@ class Checkpoints:
         target = next(source.with_name(name) for name in names if not source.with_name(name).exists())
         if jax.process_index() == 0:
             source.rename(target)
-            _say(f"checkpoint {iteration} is set aside as {target}: {reason}")
+            warn(f"checkpoint {iteration} is set aside as {target}: {reason}")
         _everywhere(True)  # no process goes on before the rename
 
     def roll_back(self, iteration: int, abstract_state: Any, reason: str) -> tuple[int, Any] | None:
@@ -213,10 +212,9 @@ class Checkpoints:
             return
         try:
             self._writer.check_for_errors()
-            ended = self._path(self._writing).exists()
         except Exception as error:
-            self._failure, ended = error, True
-        if _everywhere(ended):
+            self._failure = error
+        if _everywhere(self._failure is not None or self._path(self._writing).exists()):
             self._finish()
 
     def _finish(self) -> None:
@@ -238,7 +236,7 @@ class Checkpoints:
         self._failed = True
         self._remove_leftovers()
         reason = "another process failed" if error is None else _brief(error)
-        _say(
+        warn(
             f"checkpoint {iteration} could not be written to {self.directory}: {reason}; older ones are kept, another"
             " attempt follows"
         )
@@ -352,10 +350,12 @@ def _read_arrays(path: Path, stored: dict[str, jax.ShapeDtypeStruct]) -> dict[st
 
 
 def _attempt(read: Callable[[], T]) -> T:
-    """Calls `read` on every process. If it fails on one, raises DamagedError on all."""
+    """Calls `read` on every process. If it fails on one, raises DamagedError on all, unless no file is to blame."""
     result, error = None, None
     try:
         result = read()
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):  # the host's or the devices' memory, mostly
+        raise
     except Exception as raised:  # a file may be damaged in any way
         error = raised
     if not _everywhere(error is None):
@@ -373,11 +373,6 @@ def _brief(error: Exception, length: int = 300) -> str:
     kind = "" if isinstance(error, DamagedError) else f"{type(error).__name__}: "
     line = " ".join(f"{kind}{error}".split())
     return line if len(line) <= length else f"{line[:length]}..."
-
-
-def _say(message: str) -> None:
-    with contextlib.suppress(OSError):  # stderr may be a file on the disk that is full
-        print(message, file=sys.stderr, flush=True)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

@@ -294,6 +294,12 @@ def _open_log(path: Path, first_dropped: int) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
+def warn(message: str) -> None:
+    """Prints a line on stderr, of whichever process."""
+    with suppress(OSError):  # stderr may be a file on a disk that is full
+        print(message, file=sys.stderr, flush=True)
+
+
 class _EventFile:
     """TensorBoard's events, written at once.
 
@@ -322,8 +328,7 @@ def _outlives_a_full_disk(iteration: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        with suppress(OSError):
-            print(f"records up to iteration {iteration} are not written yet ({error}): free space", file=sys.stderr)
+        warn(f"records up to iteration {iteration} are not written yet ({error}): free space")
 
 
 def _start_wandb(project: str, workdir: str | Path) -> ModuleType:

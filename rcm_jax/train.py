@@ -1,7 +1,6 @@
 """The story of a run, from its config to its last checkpoint."""
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -24,7 +23,7 @@ from rcm_jax.lifetime import termination_notice, watchdog
 from rcm_jax.models.blocks import Remat
 from rcm_jax.models.functional import Network, functional
 from rcm_jax.models.wan import PRESETS, Wan
-from rcm_jax.records import RunRecords, write_run_info
+from rcm_jax.records import RunRecords, warn, write_run_info
 from rcm_jax.schedule import Phase, needs, phase_at, total_iterations
 from rcm_jax.state import Params, TrainState, create_optimizer, create_state, ema_exponent
 from rcm_jax.steps import Metrics, Recipe, critic_step, student_step
@@ -160,7 +159,7 @@ def create_guard(config: ConfigDict, skipped: int) -> Guard:
 def report_bad_records(batch: dict[str, np.ndarray], known: set[str]) -> None:
     """Says on stderr which records of this process' rows were left out and why, each once; `known` remembers them."""
     for reason in set(batch["reason"].tolist()) - known - {""}:
-        print(f"left out: {reason}", file=sys.stderr, flush=True)
+        warn(f"left out: {reason}")
         known.add(reason)
 
 
