@@ -24,7 +24,7 @@ def main() -> None:
     command.add_argument("--out", default="samples", metavar="DIR", help="where the videos go")
     arguments, config = command.parse()
     with command.reports_user_errors():
-        prompts = arguments.prompt + _read_prompts(arguments.prompt_file)
+        prompts = arguments.prompt + read_prompts(arguments.prompt_file)
         seeds = _parse_seeds(arguments.seeds)
         if not prompts:
             raise UserError("there is no caption: give --prompt TEXT or --prompt_file FILE")
@@ -71,7 +71,8 @@ def _sample(config, arguments, prompts, seeds) -> None:
         print(path)
 
 
-def _read_prompts(path: str | None) -> list[str]:
+def read_prompts(path: str | None) -> list[str]:
+    """The lines of a text file that are not blank; none of no file. Raises UserError if it is not text."""
     if path is None:
         return []
     try:
