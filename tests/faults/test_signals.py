@@ -29,7 +29,7 @@ def stop_while_it_writes(run, process):
         process.send_signal(signal.SIGCONT)
 
 
-def test_sigterm_saves_and_a_kill_during_a_save_loses_nothing(undisturbed, make_run):
+def test_sigterm_saves_and_a_kill_during_a_save_loses_nothing(undisturbed, make_run, folder, tmp_path):
     run = make_run("signals")
     process = run.start()
     process.wait_until(lambda: 5 in run.saved())
@@ -49,7 +49,8 @@ def test_sigterm_saves_and_a_kill_during_a_save_loses_nothing(undisturbed, make_
     assert run.saved() == before
     assert writes(run)
 
-    output = run.finish()
+    shutil.copytree(folder / "digits", tmp_path / "moved" / "digits")
+    output = run.finish(f"data.dir={tmp_path / 'moved'}")
     assert f"iter {before[-1] + 1:2}/40" in output
     assert f"iter {before[-1]:2}/40" not in output
     assert not writes(run)
