@@ -446,7 +446,7 @@ def load_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
     """Reads a safetensors file: its tensors (bfloat16 included) and its metadata.
 
     Raises:
-        UserError: the file is missing, cut short or not a safetensors file.
+        UserError: the file is missing, cut short, not a safetensors file, or holds a dtype that numpy lacks.
     """
     if not Path(path).is_file():
         raise UserError(f"{path} is not a file: give the path of a safetensors file")
@@ -455,3 +455,7 @@ def load_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is not a complete safetensors file ({error}): fetch or export it again") from None
+    except (AttributeError, TypeError, ValueError) as error:  # float8, for one
+        raise UserError(
+            f"{path} holds a tensor of a dtype that numpy lacks ({error}): convert it to bfloat16"
+        ) from None

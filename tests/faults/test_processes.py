@@ -1,0 +1,72 @@
+"""Several processes of one run, sharded over all: they end together, and any number of them can go on."""
+
+import signal
+import socket
+
+import numpy as np
+import pytest
+
+from rcm_jax.checkpoint import load_safetensors
+
+PREEMPTED = 75
+TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "2"}
+SHARDED = ("mesh.fsdp=2", "checkpoint.every=10")  # processes wait for each other at every save
+
+
+def start_two(run, *overrides):
+    """Two processes of one device each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [
+        run.start(
+            *SHARDED,
+            *overrides,
+            words=("--distributed",),
+            environment=shared | {"JAX_PROCESS_ID": str(index)},
+        )
+        for index in range(2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def on_two_devices(make_run):
+    run = make_run("two_devices")
+    process = run.start(*SHARDED, environment=TWO_DEVICES)
+    assert process.wait() == 0, process.output
+    return run
+
+
+def test_two_processes_end_together_and_one_goes_on_alone(on_two_devices, make_run):
+    """SIGTERM to one; then one hangs; then a single process with as many devices ends the run."""
+    run = make_run("two_processes")
+    first, second = start_two(run)
+    first.wait_until(lambda: 10 in run.saved())
+    second.send_signal(signal.SIGTERM)
+    assert (first.wait(), second.wait()) == (PREEMPTED, PREEMPTED), first.output + second.output
+    ended_at = run.saved()[-1]
+    assert ended_at < 40
+    for process in (first, second):
+        assert f"saved iteration {ended_at}, the same command continues" in process.output
+
+    first, second = start_two(run, "faults.hang_seconds=30")  # more than a start needs
+    first.wait_until(lambda: f"iter {ended_at + 1:2}/40" in first.output)
+    second.send_signal(signal.SIGSTOP)
+    assert first.wait() == 1, first.output
+    assert "Timeout (0:00:30)!" in first.output
+    assert first.output.count("hread 0x") >= 2
+    assert "rcm_jax/train.py" in first.output
+    second.send_signal(signal.SIGCONT)
+    assert second.wait() not in (0, PREEMPTED)
+
+    process = run.start(*SHARDED, environment=TWO_DEVICES)
+    assert process.wait() == 0, process.output
+    run.assert_ends_as(on_two_devices)
+
+
+def test_another_mesh_changes_no_more_than_rounding(on_two_devices, undisturbed):
+    """Adam's update may turn where a gradient is all rounding: norms are compared, after 40 steps."""
+    one, two = (load_safetensors(run.workdir / "ema.safetensors")[0] for run in (undisturbed, on_two_devices))
+    for name, tensor in one.items():
+        assert np.linalg.norm(tensor - two[name]) <= 1e-3 * np.linalg.norm(tensor), name
