@@ -1,0 +1,121 @@
+"""Parameters as the tensors of a published checkpoint, and back, given the place of each.
+
+Arrays differ only in the order of their axes: our kernels are (window..., in, out), published weights
+(out, in, window...), with axes of length 1 added or dropped.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from rcm_jax.config import UserError
+
+
+class Place(NamedTuple):
+    """A published tensor's name and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+# (path, shape) of one of our parameters -> its place; if it is stacked over layers, a list of one place a layer.
+Table = Callable[[str, tuple[int, ...]], Place | list[Place]]
+
+
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+
+def named_table(names: Mapping[str, str]) -> Table:
+    """The table of a network from our modules' names, or parameters', to the published ones.
+
+    "{}" stands for the number of the layer in the names of stacked parameters.
+    """
+
+    def table(path: str, shape: tuple[int, ...]) -> Place | list[Place]:
+        module, _, leaf = path.rpartition(".")
+        name = names[path] if path in names else f"{names[module]}.{_LEAVES[leaf]}"
+        if "{}" not in name:
+            return Place(name, published_shape(path, shape))
+        return [Place(name.format(layer), published_shape(path, shape[1:])) for layer in range(shape[0])]
+
+    return table
+
+
+def published_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the parameter at `path`, of one layer, as PyTorch has it."""
+    if not path.endswith("kernel"):
+        return shape
+    *window, in_dim, out_dim = shape
+    return (out_dim, in_dim, *window)
+
+
+def published_tensors(params: dict[str, Any], table: Table) -> dict[str, np.ndarray]:
+    """The parameters by their published names, as numpy arrays of the dtype they have."""
+    tensors = {}
+    for path, value in flat_params(params).items():
+        array = np.asarray(jax.device_get(value))
+        match table(path, array.shape):
+            case Place() as place:
+                tensors[place.name] = publish(path, array, place)
+            case places:
+                tensors |= {p.name: publish(path, layer, p) for p, layer in zip(places, array, strict=True)}
+    return tensors
+
+
+def params_from_published(
+    tensors: Mapping[str, Any], abstract_params: dict[str, Any], table: Table, *, source: str = "checkpoint"
+) -> dict[str, Any]:
+    """Parameters with the structure, shapes and dtypes of `abstract_params`, from tensors by their published names.
+
+    Raises UserError that lists every missing, unexpected or wrong-shaped tensor of `source` by name.
+    """
+    leaves = flat_params(abstract_params)
+    places = {path: table(path, leaf.shape) for path, leaf in leaves.items()}
+    _check_tensors(tensors, places, source)
+    values = {}
+    for path, leaf in leaves.items():
+        match places[path]:
+            case Place() as place:
+                values[path] = adopt(path, np.asarray(tensors[place.name]), leaf.shape).astype(leaf.dtype)
+            case layers:
+                values[path] = np.empty(leaf.shape, leaf.dtype)
+                for layer, place in zip(values[path], layers, strict=True):
+                    layer[...] = adopt(path, np.asarray(tensors[place.name]), layer.shape)
+    return traverse_util.unflatten_dict(values, sep=".")
+
+
+def publish(path: str, array: np.ndarray, place: Place) -> np.ndarray:
+    """The parameter of ours at `path`, of one layer, as it lies at its place."""
+    if path.endswith("kernel"):
+        array = np.moveaxis(array, (-1, -2), (0, 1))
+    return np.ascontiguousarray(array).reshape(place.shape)
+
+
+def adopt(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A published tensor as the parameter of ours at `path`, of one layer, which has this shape."""
+    if path.endswith("kernel"):
+        *window, in_dim, out_dim = shape
+        return np.moveaxis(tensor.reshape(out_dim, in_dim, *window), (0, 1), (-1, -2))
+    return tensor.reshape(shape)
+
+
+def flat_params(params: dict[str, Any]) -> dict[str, Any]:
+    """The leaves of a tree of parameters by dotted path."""
+    return dict(traverse_util.flatten_dict(params, sep="."))
+
+
+def _check_tensors(tensors: Mapping[str, Any], places: Mapping[str, Place | list[Place]], source: str) -> None:
+    expected = dict(p for place in places.values() for p in ([place] if isinstance(place, Place) else place))
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    faults = [f"missing {name}" for name in expected if name not in found]
+    faults += [
+        f"{name} has shape {found[name]}, the network takes {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    faults += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
+    if faults:
+        raise UserError(f"{source} does not fit the network, nothing was loaded: " + "; ".join(faults))
