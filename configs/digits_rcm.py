@@ -63,7 +63,22 @@ def get_config() -> ConfigDict:
             "ema": {"sigma_rel": 0.1},
             # Devices along each axis; -1 takes all that are left.
             "mesh": {"data": -1, "fsdp": 1},
-            "checkpoint": {"every": 100, "keep": 2},
+            # Kept: the newest `keep`, those at multiples of `keep_every` iterations (0: none), and the one with the
+            # lowest value of the metric `best` (empty: none), such as "loss_scm".
+            "checkpoint": {"every": 100, "keep": 2, "keep_every": 0, "best": ""},
+            # What ends a run, see docs/reliability.md; 0: never.
+            "faults": {
+                # Seconds without progress; the first iterations compile.
+                "hang_seconds": 1800.0,
+                # Updates skipped in a row because a gradient was not finite.
+                "max_skipped": 10,
+                # A loss relative to the largest of its last 100 values.
+                "max_loss_ratio": 1000.0,
+                # Times a run returns to its last good checkpoint instead, and goes on with other data.
+                "rollbacks": 0,
+                # Share of records that cannot be read or have a wrong shape, dtype or text.
+                "max_bad_data": 0.01,
+            },
             # wandb: the name of a project, empty for none. sample_every: iterations between samples, 0 for none.
             "log": {"every": 20, "sample_every": 200, "samples": 8, "wandb": ""},
             "sampling": {

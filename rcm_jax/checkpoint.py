@@ -1,14 +1,20 @@
 """Checkpoints that a run resumes from exactly, and weights in safetensors files for everybody else.
 
-A checkpoint holds the train state, the position in the data and a JSON description of every leaf. Orbax writes it to a
-temporary directory in the background and renames it when complete, so a killed run finds its newest complete one.
+A checkpoint holds the train state, the position in the data and a sealed description with a fingerprint of every leaf.
+Orbax writes it to a temporary directory in the background and renames it when complete, so a checkpoint is whole or
+absent; what time or an accident does to it afterwards is found when it is restored.
 """
 
+import contextlib
 import json
+import math
 import os
-from collections.abc import Mapping
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grain
 import jax
@@ -16,24 +22,44 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
-from grain.checkpoint import CheckpointRestore, CheckpointSave
 from jax.experimental import multihost_utils
 
+from rcm_jax import integrity
 from rcm_jax.config import UserError
+
+T = TypeVar("T")
+
+ATTEMPTS = 3  # of a save that a run waits for
+CHUNK_BYTES = 2**27
+BACKGROUND_SECONDS = 600  # that a write in the background may take
+
+
+class DamagedError(Exception):
+    """A checkpoint is not what was saved; the message says how."""
 
 
 class Checkpoints:
     """The checkpoints of one run, in DIRECTORY/ITERATION, written in the background.
 
-    Every process of a run calls every method. An error of a background write is raised by the next call.
+    Every process of a run calls every method, with the same arguments. A background write that fails, on a full disk
+    for example, is reported on stderr and tried again; no older checkpoint is removed before a newer one is complete.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int, every: int):
-        """Keeps the newest `keep` checkpoints of those `save` is asked for at multiples of `every` iterations."""
+    def __init__(self, directory: str | os.PathLike, *, keep: int, every: int, keep_every: int = 0, best: str = ""):
+        """Saves at multiples of `every` iterations and keeps the newest `keep` checkpoints.
+
+        Those at multiples of `keep_every` iterations are kept too, if it is not 0, and the one that has the lowest
+        value of metadata["metrics"][`best`], if `best` is not empty.
+        """
         self.directory = Path(directory).absolute()
-        self.every = every
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=False)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self.every, self.keep, self.keep_every, self.best = every, keep, keep_every, best
+        # Where a directory cannot be made, writers that expect it from another thread would wait for minutes.
+        options = ocp.options.AsyncOptions(timeout_secs=BACKGROUND_SECONDS, create_directories_asynchronously=False)
+        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+        self._remover = ThreadPoolExecutor(1)
+        self._writing: int | None = None  # the iteration whose checkpoint is being written
+        self._failed = False  # whether the last write failed, so that another is due
+        self._failure: Exception | None = None  # why it did, if this process knows
 
     def save(
         self,
@@ -44,108 +70,233 @@ class Checkpoints:
         *,
         force: bool = False,
     ) -> bool:
-        """Starts to write a checkpoint and returns once `state` may be donated. A save under way is waited for.
+        """Starts to write a checkpoint, if one is due, and returns once `state` may be donated. For every iteration.
+
+        One is due at multiples of `every`, and after a failure ten times as often. A write still under way is waited
+        for.
 
         Args:
             iteration: iterations done so far.
             state: any pytree of JAX arrays, typed PRNG keys included.
             iterator: the data, whose next batch belongs to the iteration after this one; None if there is none.
             metadata: further facts, of JSON types.
-            force: save even when `iteration` is no multiple of `every`.
+            force: save even when none is due.
 
-        Returns: whether it saved: not if `iteration` is no multiple of `every` or is saved already.
+        Returns: whether it started: not if none is due or `iteration` is saved already.
 
         Raises:
             UserError: the directory holds a later checkpoint.
             TypeError: a leaf is no JAX array, or the metadata is not JSON.
         """
-        latest = self._manager.latest_step()
-        if iteration == latest or (iteration % self.every and not force):
+        regular = iteration % self.every == 0
+        if regular or force:
+            self._finish()
+        elif iteration % max(1, self.every // 10) == 0:
+            self._finish_if_done()
+            regular = self._failed
+        if not (regular or force):
+            return False
+        latest = self.latest()
+        if iteration == latest:
             return False
         if latest is not None and iteration < latest:
             raise UserError(
                 f"{self.directory} holds checkpoint {latest}, later than {iteration=}: resume it or use another"
                 " directory"
             )
-        leaves = _named_leaves(state)
-        description = {
-            "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
-            "key_impls": {name: str(jax.random.key_impl(leaf)) for name, leaf in leaves.items() if _is_key(leaf)},
-            "processes": jax.process_count(),
-            "has_data": iterator is not None,
-            "metadata": dict(metadata or {}),
-        }
-        json.dumps(description)  # a TypeError here rather than in the background, where Orbax takes minutes to give up
-        items: dict[str, Any] = {
-            "state": ocp.args.StandardSave({name: _storable(leaf) for name, leaf in leaves.items()}),
-            "description": ocp.args.JsonSave(description),
-        }
-        if iterator is not None:
-            items["data"] = CheckpointSave(iterator)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        return self._manager.save(iteration, args=ocp.args.Composite(**items), force=True)
+        leaves = {name: _storable(leaf) for name, leaf in _named_leaves(state).items()}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(leaves, save_args={name: _chunks(leaf) for name, leaf in leaves.items()}),
+            description=ocp.args.JsonSave(_describe_all(state, leaves, iterator, metadata)),
+        )
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._writer.save(self._path(iteration), args=items)
+        except OSError as error:
+            self._report_failure(iteration, error)
+            return False
+        self._writing, self._failed = iteration, False
+        return True
+
+    def save_and_wait(self, iteration: int, *args: Any) -> None:
+        """Saves, as `save` with `force`, and returns when the checkpoint is complete, after a few attempts if need be.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        for _ in range(ATTEMPTS):
+            self.save(iteration, *args, force=True)
+            self._finish()
+            if not self._failed:
+                return
+        raise UserError(
+            f"checkpoint {iteration} cannot be written to {self.directory}: free space there and start the same"
+            f" command again, it continues from iteration {self.latest() or 0}"
+        )
 
     def latest(self) -> int | None:
         """The iteration of the newest complete checkpoint, None if there is none."""
-        self.wait()
-        return self._manager.latest_step()
+        return max(self.iterations(), default=None)
 
-    def metadata(self, iteration: int | None = None) -> dict[str, Any]:
-        """The metadata that was given to `save`, of the newest checkpoint if `iteration` is None."""
-        return self._description(self._existing(iteration))["metadata"]
+    def iterations(self) -> list[int]:
+        """The iterations of all complete checkpoints, in order."""
+        names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
+        return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
-    def restore(
-        self, abstract_state: Any, iterator: grain.DatasetIterator | None, iteration: int | None = None
-    ) -> tuple[int, Any]:
-        """Reads a checkpoint, the newest if `iteration` is None, onto the devices that `abstract_state` asks for.
+    def metadata(self, iteration: int) -> dict[str, Any]:
+        """The metadata that was given to `save`. Raises DamagedError if it is no longer what was written."""
+        return self._description(iteration)["metadata"]
+
+    def restore(self, abstract_state: Any, iterator: grain.DatasetIterator | None) -> tuple[int, Any] | None:
+        """Reads the newest checkpoint that is what was saved onto the devices that `abstract_state` asks for.
+
+        A damaged one is renamed to ITERATION.damaged, with the reason on stderr, and the one before it is tried.
 
         Args:
             abstract_state: the state that was saved, as arrays or as `jax.ShapeDtypeStruct`s, whose shardings may
                 differ from the saved ones. A leaf without a sharding goes to the first device.
             iterator: set to the saved position; None to leave the data alone.
 
-        Returns: the iteration and the state.
+        Returns: the iteration and the state; None if nothing was ever saved here.
 
         Raises:
-            UserError: there is no such checkpoint, or a leaf of it is missing, unknown or has another shape or dtype.
+            UserError: every checkpoint is damaged, or a leaf of the newest sound one is missing, unknown or has
+                another shape or dtype in `abstract_state`.
         """
-        iteration = self._existing(iteration)
+        self._finish()
+        for iteration in reversed(self.iterations()):
+            try:
+                return iteration, self._read(iteration, abstract_state, iterator)
+            except DamagedError as damage:
+                self.set_aside(iteration, "damaged", str(damage))
+        if any(self.directory.glob("*.damaged*")):
+            raise UserError(
+                f"{self.directory} holds damaged checkpoints and no sound one: use another directory to start anew,"
+                " or remove them"
+            )
+        return None
+
+    def set_aside(self, iteration: int, why: str, reason: str) -> None:
+        """Renames a checkpoint to ITERATION.WHY, so that no run resumes from it, and says the reason on stderr."""
+        source = self._path(iteration)
+        names = [f"{iteration}.{why}", *(f"{iteration}.{why}.{count}" for count in range(2, 1000))]
+        target = next(source.with_name(name) for name in names if not source.with_name(name).exists())
+        if jax.process_index() == 0:
+            source.rename(target)
+            _say(f"checkpoint {iteration} is set aside as {target}: {reason}")
+        _everywhere(True)  # no process goes on before the rename
+
+    def roll_back(self, iteration: int, abstract_state: Any, reason: str) -> tuple[int, Any] | None:
+        """Restores the newest sound checkpoint up to `iteration` and sets later ones aside; leaves the data alone."""
+        self._finish()
+        for later in self.iterations():
+            if later > iteration:
+                self.set_aside(later, "rolled_back", reason)
+        return self.restore(abstract_state, None)
+
+    def wait(self) -> None:
+        """Waits for the background write and for the removal of old checkpoints."""
+        self._finish()
+        self._remover.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Waits as `wait` does and ends the threads."""
+        self._finish()
+        self._remover.shutdown()
+        self._writer.close()
+
+    def _path(self, iteration: int) -> Path:
+        return self.directory / str(iteration)
+
+    def _finish_if_done(self) -> None:
+        """Takes note of the background write if it has ended on every process."""
+        if self._writing is None:
+            return
+        try:
+            self._writer.check_for_errors()
+            ended = self._path(self._writing).exists()
+        except Exception as error:
+            self._failure, ended = error, True
+        if _everywhere(ended):
+            self._finish()
+
+    def _finish(self) -> None:
+        """Waits for the background write, if there is one; removes what is no longer needed, or reports its failure."""
+        if self._writing is None:
+            return
+        iteration, self._writing = self._writing, None
+        error, self._failure = self._failure, None
+        try:
+            self._writer.wait_until_finished()
+        except Exception as late_error:
+            error = late_error
+        if _everywhere(error is None):
+            self._remove_old()
+        else:
+            self._report_failure(iteration, error)
+
+    def _report_failure(self, iteration: int, error: Exception | None) -> None:
+        self._failed = True
+        self._remove_leftovers()
+        reason = "another process failed" if error is None else _brief(error)
+        _say(
+            f"checkpoint {iteration} could not be written to {self.directory}: {reason}; older ones are kept, another"
+            " attempt follows"
+        )
+
+    def _remove_old(self) -> None:
+        """Removes, in the background, all checkpoints but those to keep."""
+        iterations = self.iterations()
+        kept = set(iterations[-self.keep :])
+        kept |= {iteration for iteration in iterations if self.keep_every and iteration % self.keep_every == 0}
+        if self.best:
+            kept |= {min(iterations, key=self._metric)}
+        if jax.process_index() == 0:
+            for iteration in set(iterations) - kept:
+                # Half a checkpoint must not pass for one, should the run be killed meanwhile.
+                self._path(iteration).rename(self.directory / f"{iteration}.removed")
+        self._remove_leftovers()
+
+    def _metric(self, iteration: int) -> float:
+        """The metric by which the best checkpoint is kept; infinite for one that lacks it."""
+        try:
+            value = self.metadata(iteration).get("metrics", {}).get(self.best, math.inf)
+        except DamagedError:
+            return math.inf
+        return value if math.isfinite(value) else math.inf
+
+    def _remove_leftovers(self) -> None:
+        """Removes what a killed or failed write left behind and, in the background, checkpoints that are not kept."""
+        if jax.process_index() == 0:
+            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+            for path in self.directory.glob("*.removed"):
+                self._remover.submit(shutil.rmtree, path, ignore_errors=True)
+
+    def _description(self, iteration: int) -> dict[str, Any]:
+        return _attempt(lambda: _read_description(self._path(iteration) / "description"))
+
+    def _read(self, iteration: int, abstract_state: Any, iterator: grain.DatasetIterator | None) -> Any:
         description = self._description(iteration)
         wanted = _named_leaves(abstract_state)
         self._check_leaves(iteration, description["leaves"], {name: _describe(leaf) for name, leaf in wanted.items()})
-        items: dict[str, Any] = {
-            "state": ocp.args.StandardRestore({name: _stored_form(leaf) for name, leaf in wanted.items()})
-        }
+        if iterator is not None and description["position"] is None:
+            raise UserError(
+                f"checkpoint {iteration} in {self.directory} holds no position in the data: restore it without an"
+                " iterator"
+            )
+        stored = {name: _stored_form(leaf) for name, leaf in wanted.items()}
+        restored = _attempt(lambda: _read_arrays(self._path(iteration) / "state", stored))
+        found = integrity.fingerprints(restored)
+        wrong = [name for name, leaf in description["fingerprints"].items() if leaf != found[name]]
+        if wrong:
+            more = f" and {len(wrong) - 1} more leaves are" if len(wrong) > 1 else " is"
+            raise DamagedError(f"{wrong[0]}{more} not what was saved, by the fingerprint")
         if iterator is not None:
-            self._check_data(iteration, description)
-            items["data"] = CheckpointRestore(iterator)
-        restored = self._manager.restore(iteration, args=ocp.args.Composite(**items))["state"]
+            iterator.set_state(description["position"])
         for name, impl in description["key_impls"].items():
             restored[name] = jax.random.wrap_key_data(restored[name], impl=impl)
-        return iteration, jax.tree.unflatten(jax.tree.structure(abstract_state), [restored[name] for name in wanted])
-
-    def wait(self) -> None:
-        """Waits for the background write, and raises its error if it failed."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits for the background write and ends its threads."""
-        self._manager.close()
-
-    def _existing(self, iteration: int | None) -> int:
-        self.wait()
-        known = self._manager.all_steps()
-        if not known:
-            raise UserError(
-                f"{self.directory} holds no complete checkpoint: give the directory of a run that saved one"
-            )
-        if iteration is not None and iteration not in known:
-            raise UserError(f"{self.directory} holds no checkpoint {iteration}: choose one of {sorted(known)}")
-        return max(known) if iteration is None else iteration
-
-    def _description(self, iteration: int) -> dict[str, Any]:
-        args = ocp.args.Composite(description=ocp.args.JsonRestore())
-        return self._manager.restore(iteration, args=args)["description"]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), [restored[name] for name in wanted])
 
     def _check_leaves(self, iteration: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
         wrong = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
@@ -161,15 +312,73 @@ class Checkpoints:
             f"{more}: use the config it was saved with or another directory"
         )
 
-    def _check_data(self, iteration: int, description: dict[str, Any]) -> None:
-        where = f"checkpoint {iteration} in {self.directory}"
-        if not description["has_data"]:
-            raise UserError(f"{where} holds no position in the data: restore it without an iterator")
-        if description["processes"] != jax.process_count():
-            raise UserError(
-                f"{where} holds the position in the data of {description['processes']} processes: resume with as many,"
-                f" not {jax.process_count()}"
-            )
+
+def _describe_all(
+    state: Any,
+    leaves: dict[str, jax.Array],
+    iterator: grain.DatasetIterator | None,
+    metadata: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The description of a checkpoint, sealed. Raises TypeError for metadata that are not JSON."""
+    named = _named_leaves(state)
+    return integrity.seal(
+        {
+            "leaves": {name: _describe(leaf) for name, leaf in named.items()},
+            "fingerprints": integrity.fingerprints(leaves),
+            "key_impls": {name: str(jax.random.key_impl(leaf)) for name, leaf in named.items() if _is_key(leaf)},
+            # The same on every process, so that any number of them can go on from it.
+            "position": None if iterator is None else iterator.get_state(),
+            "metadata": dict(metadata or {}),
+        }
+    )
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """The description that JsonSave wrote to the folder. Raises DamagedError if it is another."""
+    description = json.loads((path / "metadata").read_text())
+    if not integrity.is_sealed(description):
+        raise DamagedError("its description is not the one that was written")
+    return description
+
+
+def _read_arrays(path: Path, stored: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The arrays at `path`. Raises DamagedError if their names, shapes or dtypes are others."""
+    handler: Any = ocp.StandardCheckpointHandler()  # takes any path, whatever its annotation says
+    there = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in handler.metadata(path).tree.items()}
+    saved = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in stored.items()}
+    for name in sorted(there.keys() | saved.keys()):  # Orbax would convert, pad or leave out
+        if there.get(name) != saved.get(name):
+            raise DamagedError(f"{name} is {there.get(name, 'absent')}, saved was {saved.get(name, 'none')}")
+    return handler.restore(path, args=ocp.args.StandardRestore(stored))
+
+
+def _attempt(read: Callable[[], T]) -> T:
+    """Calls `read` on every process. If it fails on one, raises DamagedError on all."""
+    result, error = None, None
+    try:
+        result = read()
+    except Exception as raised:  # a file may be damaged in any way
+        error = raised
+    if not _everywhere(error is None):
+        raise DamagedError("another process cannot read it" if error is None else _brief(error)) from error
+    return result  # pyright: ignore[reportReturnType]
+
+
+def _everywhere(true: bool) -> bool:
+    """Whether it is true on all processes, which wait for each other here."""
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(true))))
+
+
+def _brief(error: Exception, length: int = 300) -> str:
+    """An error in one line; Orbax and TensorStore append source locations and whole trees."""
+    kind = "" if isinstance(error, DamagedError) else f"{type(error).__name__}: "
+    line = " ".join(f"{kind}{error}".split())
+    return line if len(line) <= length else f"{line[:length]}..."
+
+
+def _say(message: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be a file on the disk that is full
+        print(message, file=sys.stderr, flush=True)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -186,6 +395,11 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 def _describe(leaf: Any) -> dict[str, Any]:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _chunks(leaf: Any) -> ocp.SaveArgs:
+    """Large arrays are split along their first axis first, so that one layer of a parameter can be read alone."""
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if leaf.ndim else ())
 
 
 def _is_key(leaf: Any) -> bool:

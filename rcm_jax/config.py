@@ -28,6 +28,28 @@ class UserError(ValueError):
     """A mistake the user can mend; `Command` prints it as one line, without a traceback."""
 
 
+class EarlyEnd(Exception):
+    """A run ended before its last iteration, on purpose and in good order.
+
+    `Command` prints the reason as one line and ends the process with `code`, which tells the program that started it
+    what to do.
+    """
+
+    code: int
+
+
+class Preempted(EarlyEnd):
+    """The run was asked to end: start the same command again, it continues."""
+
+    code = 75  # EX_TEMPFAIL of sysexits.h: a later attempt will succeed
+
+
+class Halted(EarlyEnd):
+    """Something is wrong that another start will not mend: somebody must look first."""
+
+    code = 3
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A stretch of training: the losses that are summed, and for how many iterations."""
@@ -228,6 +250,13 @@ _RULES: dict[str, Rule] = {
     "mesh.fsdp": _MESH_SIZE,
     "checkpoint.every": _POSITIVE_INTEGER,
     "checkpoint.keep": _POSITIVE_INTEGER,
+    "checkpoint.keep_every": _COUNT,
+    "checkpoint.best": (lambda value: isinstance(value, str), "the name of a metric, or empty"),
+    "faults.hang_seconds": _WEIGHT,
+    "faults.max_skipped": _COUNT,
+    "faults.max_loss_ratio": _WEIGHT,
+    "faults.max_bad_data": _DECAY_RATE,
+    "faults.rollbacks": _COUNT,
     "log.every": _POSITIVE_INTEGER,
     "log.sample_every": _COUNT,
     "log.samples": _POSITIVE_INTEGER,
@@ -280,11 +309,16 @@ class Command(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def reports_user_errors(self) -> Iterator[None]:
-        """Within this context a UserError ends the process as any other mistake on the command line does."""
+        """Within this context a UserError ends the process as any other mistake on the command line does.
+
+        An EarlyEnd does so with its own exit code.
+        """
         try:
             yield
         except UserError as error:
             self.error(str(error))
+        except EarlyEnd as end:
+            self.exit(end.code, f"{self.prog}: {end}\n")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")

@@ -7,6 +7,7 @@ import io
 import json
 import platform
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,9 +19,9 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 from numpy.typing import ArrayLike
-from tensorboardX import FileWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
 from rcm_jax import media
@@ -71,14 +72,24 @@ class RunRecords:
             return
         self._wandb = _start_wandb(wandb_project, workdir) if wandb_project else None
         self._total, self._tokens_per_step, self._console = total, tokens_per_step, console
-        # At iteration 0 nothing is trained yet: whatever is there belongs to another run.
-        first_dropped = resume_at + 1 if resume_at else 0
-        self._log = _open_log(Path(workdir) / "metrics.jsonl", first_dropped)
-        self._tensorboard = _open_tensorboard(Path(workdir) / "tensorboard", first_dropped)
+        self._workdir = Path(workdir)
+        self._open(resume_at)
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=resume_at, bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}")
+
+    def _open(self, resume_at: int) -> None:
+        # At iteration 0 nothing is trained yet: whatever is there belongs to another run.
+        first_dropped = resume_at + 1 if resume_at else 0
+        self._log = _open_log(self._workdir / "metrics.jsonl", first_dropped)
+        self._tensorboard = _EventFile(self._workdir / "tensorboard", first_dropped)
         self._iteration, self._seconds, self._running_since = resume_at, 0.0, time.monotonic()
+
+    def roll_back(self, iteration: int) -> None:
+        """Drops the records of later iterations: the run goes on from this one."""
+        if self.enabled:
+            self._close_files()
+            self._open(iteration)
 
     def write(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """Records the scalar `metrics` after `iteration` steps, and the speed since the last call that had a lower one.
@@ -90,10 +101,12 @@ class RunRecords:
         numbers = {name: _number(name, value) for name, value in metrics.items()}
         speed = self._speed(iteration)
         record = {"iteration": int(iteration), "time": round(time.time(), 3), **speed, **numbers}
-        self._log.write(media.json_text(record) + "\n")
-        self._log.flush()  # a crash after this keeps the line
         values = [Summary.Value(tag=name, simple_value=value) for name, value in {**speed, **numbers}.items()]
-        self._tensorboard.add_summary(Summary(value=values), iteration)
+        with _outlives_a_full_disk(iteration):
+            self._log.write(media.json_text(record) + "\n")
+            self._log.flush()  # a crash after this keeps the line
+        with _outlives_a_full_disk(iteration):
+            self._tensorboard.add(step=iteration, summary=Summary(value=values))
         if self._wandb is not None:
             self._wandb.log({**speed, **numbers}, step=int(iteration))
         self._print_line(iteration, numbers, speed)
@@ -111,7 +124,8 @@ class RunRecords:
             image = Summary.Image(
                 height=height * scale, width=width * scale, colorspace=channels, encoded_image_string=gif
             )
-            self._tensorboard.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), iteration)
+            with _outlives_a_full_disk(iteration):
+                self._tensorboard.add(step=iteration, summary=Summary(value=[Summary.Value(tag=name, image=image)]))
             if self._wandb is not None:
                 self._wandb.log({name: self._wandb.Video(io.BytesIO(gif), format="gif")}, step=int(iteration))
 
@@ -132,22 +146,27 @@ class RunRecords:
         """Prints a line above the progress bar."""
         if not self.enabled:
             return
-        if self._bar is None:
-            print(message, flush=True)
-        else:
-            self._bar.write(message)
+        with suppress(OSError):  # stdout may be a file on a disk that is full
+            if self._bar is None:
+                print(message, flush=True)
+            else:
+                self._bar.write(message)
 
     def close(self) -> None:
         """Writes out what is still held back. The records take nothing more after it."""
         if not self.enabled:
             return
         self.enabled = False
-        self._log.close()
-        self._tensorboard.close()
+        self._close_files()
         if self._bar is not None:
             self._bar.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _close_files(self) -> None:
+        for file in (self._log, self._tensorboard):
+            with _outlives_a_full_disk(self._iteration):
+                file.close()
 
     def __enter__(self) -> "RunRecords":
         return self
@@ -272,12 +291,36 @@ def _open_log(path: Path, first_dropped: int) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
-def _open_tensorboard(folder: Path, first_dropped: int) -> FileWriter:
-    # tensorboardX names files by second and host, and empties a file of the same name.
-    writer = FileWriter(folder, flush_secs=10, filename_suffix=f".{time.time_ns()}")
-    # Tells TensorBoard to forget what earlier files hold from this step on.
-    writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step=first_dropped)
-    return writer
+class _EventFile:
+    """TensorBoard's events, written at once.
+
+    tensorboardX's FileWriter hands them to a thread, which a full disk ends; the next events would then wait for ever.
+    """
+
+    def __init__(self, folder: Path, first_dropped: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{time.time_ns()}"
+        self._writer = RecordWriter(str(folder / name))
+        self.add(file_version="brain.Event:2")
+        # Tells TensorBoard to forget what earlier files hold from this step on.
+        self.add(session_log=SessionLog(status=SessionLog.START), step=first_dropped)
+
+    def add(self, **content: Any) -> None:
+        self._writer.write(Event(wall_time=time.time(), **content).SerializeToString())
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@contextmanager
+def _outlives_a_full_disk(iteration: int) -> Iterator[None]:
+    """What cannot be written stays in the file's buffer and is tried again with the next write."""
+    try:
+        yield
+    except OSError as error:
+        with suppress(OSError):
+            print(f"records up to iteration {iteration} are not written yet ({error}): free space", file=sys.stderr)
 
 
 def _start_wandb(project: str, workdir: str | Path) -> ModuleType:

@@ -9,6 +9,8 @@ import numpy as np
 import optax
 
 Params = dict[str, Any]
+# What can be wrong with a record; a batch's "fault" holds 0 for a sound one, else the place in this list plus 1.
+FAULTS = ("missing_key", "shape", "dtype", "text", "unreadable", "not_finite")
 Counter = Any  # an int32 scalar; in a tree of shapes or shardings, that of one
 
 
@@ -17,13 +19,15 @@ class TrainState(flax.struct.PyTreeNode):
 
     `teacher` is None when a run trains by flow matching; `fake` and `fake_opt` are None without a DMD loss.
     `student_updates` and `critic_updates` count attempts, skipped ones included, so that every schedule of a run is a
-    function of its iteration alone; `skipped` counts updates dropped because a gradient was not finite.
+    function of its iteration alone; `skipped` counts updates dropped because a gradient was not finite, `bad_data` the
+    samples left out, by the name of their fault.
     """
 
     iteration: Counter
     student_updates: Counter
     critic_updates: Counter
     skipped: Counter
+    bad_data: dict[str, Counter]
     student: Params
     ema: Params
     student_opt: optax.OptState
@@ -49,6 +53,7 @@ def create_state(
         student_updates=jnp.copy(zero),
         critic_updates=jnp.copy(zero),
         skipped=jnp.copy(zero),
+        bad_data={fault: jnp.copy(zero) for fault in FAULTS},
         student=_copy(student),
         ema=_copy(student),
         student_opt=student_optimizer.init(student),

@@ -15,10 +15,10 @@ import optax
 from jax import lax
 
 from rcm_jax import losses
-from rcm_jax.state import Params, TrainState
+from rcm_jax.state import FAULTS, Params, TrainState
 from rcm_jax.trigflow import Velocity, draw_lognormal, draw_shifted_uniform, trig_velocity
 
-Batch = dict[str, jax.Array]  # latent (B, T, H, W, C), text (B, S, D)
+Batch = dict[str, jax.Array]  # latent (B, T, H, W, C), text (B, S, D), perhaps fault (B,) int32, see state.FAULTS
 Metrics = dict[str, jax.Array]
 Apply = Callable[..., jax.Array]
 
@@ -59,7 +59,7 @@ def student_step(
     negative_text: jax.Array,
 ) -> tuple[TrainState, Metrics]:
     """One update of the student and its EMA. `negative_text` (S, D) embeds the unconditional caption."""
-    batch = _contain(batch)
+    batch, bad_data = _contain(batch, state.bad_data)
     draws = _draw_student(key, batch["latent"], loss_names, recipe)
     simulation_steps = state.student_updates % recipe.simulation_steps + 1
 
@@ -101,11 +101,12 @@ def student_step(
         iteration=state.iteration + 1,
         student_updates=state.student_updates + 1,
         skipped=state.skipped + skipped,
+        bad_data=bad_data,
         student=student,
         ema=ema,
         student_opt=student_opt,
     )
-    return state, metrics | {"grad_norm": norm, "skipped": state.skipped}
+    return state, metrics | {"grad_norm": norm} | _counts(state)
 
 
 def critic_step(
@@ -118,7 +119,7 @@ def critic_step(
     recipe: Recipe,
 ) -> tuple[TrainState, Metrics]:
     """One update of the fake score on data the student generates."""
-    batch = _contain(batch)
+    batch, bad_data = _contain(batch, state.bad_data)
     draws = _draw_generated(key, batch["latent"], recipe)
     simulation_steps = state.critic_updates % recipe.simulation_steps + 1
 
@@ -136,10 +137,11 @@ def critic_step(
         iteration=state.iteration + 1,
         critic_updates=state.critic_updates + 1,
         skipped=state.skipped + skipped,
+        bad_data=bad_data,
         fake=fake,
         fake_opt=fake_opt,
     )
-    return state, metrics | {"grad_norm_critic": norm, "skipped": state.skipped}
+    return state, metrics | {"grad_norm_critic": norm} | _counts(state)
 
 
 def conditioned(apply: Apply, params: Params, text_BSD: jax.Array, *, mode: str = "reverse") -> Velocity:
@@ -171,14 +173,23 @@ def ema_decay(updates: jax.Array, gamma: float) -> jax.Array:
     return (1.0 - 1.0 / (updates + 1.0)) ** (gamma + 1.0)
 
 
-def _contain(batch: Batch) -> Batch:
-    """Replaces samples that are not finite by zeros and marks them in "sound".
+def _contain(batch: Batch, bad_data: dict[str, jax.Array]) -> tuple[Batch, dict[str, jax.Array]]:
+    """Replaces samples that are faulty or not finite by zeros, marks the others in "sound" and counts the faults.
 
     Masking their loss alone is not enough: a zero cotangent times a NaN activation is NaN in every weight.
     """
-    sound = jnp.isfinite(batch["latent"]).all(axis=(1, 2, 3, 4)) & jnp.isfinite(batch["text"]).all(axis=(1, 2))
+    finite = jnp.isfinite(batch["latent"]).all(axis=(1, 2, 3, 4)) & jnp.isfinite(batch["text"]).all(axis=(1, 2))
+    fault = batch.get("fault", jnp.zeros(finite.shape, jnp.int32))
+    fault = jnp.where((fault == 0) & ~finite, FAULTS.index("not_finite") + 1, fault)
+    sound = fault == 0
     latent = jnp.where(sound[:, None, None, None, None], batch["latent"], 0.0)
-    return {"latent": latent, "text": jnp.where(sound[:, None, None], batch["text"], 0.0), "sound": sound}
+    text = jnp.where(sound[:, None, None], batch["text"], 0.0)
+    counts = {name: bad_data[name] + jnp.sum(fault == code, dtype=jnp.int32) for code, name in enumerate(FAULTS, 1)}
+    return {"latent": latent, "text": text, "sound": sound}, counts
+
+
+def _counts(state: TrainState) -> Metrics:
+    return {"skipped": state.skipped} | {f"bad_data/{name}": count for name, count in state.bad_data.items()}
 
 
 def _draw_student(key: jax.Array, latent: jax.Array, loss_names: frozenset[str], recipe: Recipe) -> Batch:

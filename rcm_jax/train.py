@@ -1,6 +1,7 @@
 """The story of a run, from its config to its last checkpoint."""
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -14,10 +15,14 @@ from ml_collections import ConfigDict
 
 from rcm_jax import sampling, sharding
 from rcm_jax.checkpoint import Checkpoints, export_safetensors, load_safetensors
-from rcm_jax.config import UserError, parse_stages
+from rcm_jax.config import Halted, Preempted, UserError, parse_stages
+from rcm_jax.convert import families
+from rcm_jax.convert.sources import open_source
 from rcm_jax.convert.wan import params_from_wan, wan_tensors
 from rcm_jax.data import digits, pipeline, text
 from rcm_jax.generation import Sampler, student_sampler
+from rcm_jax.guard import Guard, Trouble
+from rcm_jax.lifetime import termination_notice, watchdog
 from rcm_jax.models.blocks import Remat
 from rcm_jax.models.functional import Network, functional
 from rcm_jax.models.wan import PRESETS, Wan
@@ -52,7 +57,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     source = pipeline.open_source(config.data.name, config.data.dir, "train")
     if config.data.in_memory:
         source = pipeline.InMemory(source)
-    latent_shape, text_shape = source[0]["latent"].shape, source[0]["text"].shape
+    first = pipeline.first_sound(source)
+    latent_shape, text_shape = first["latent"].shape, first["text"].shape
     batches = pipeline.make_loader(
         source,
         batch_size=config.data.batch_size,
@@ -68,11 +74,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     take_step = compile_steps(config, network, optimizers, latent_shape, negative, shardings)
 
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, every=config.checkpoint.every)
-    if checkpoints.latest() is None:
-        start, state = 0, init_state(config, network, optimizers, mesh)
-    else:
-        start, state = checkpoints.restore(abstract, batches)
+    checkpoints = Checkpoints(workdir / "checkpoints", **config.checkpoint)
+    restored = checkpoints.restore(abstract, batches)
+    start, state = restored or (0, init_state(config, network, optimizers, mesh))
     write_run_info(workdir, config.to_dict(), process_index=jax.process_index())
     records = RunRecords(
         workdir,
@@ -84,29 +88,80 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     )
 
     sample = student_sampler(config, network, latent_shape, steps=sampling.MAX_STEPS)
-    window = []
-    for iteration in range(start, total):
-        phase = phase_at(
-            stages,
-            iteration,
-            tangent_warmup=config.loss.tangent_warmup,
-            student_update_freq=config.loss.student_update_freq,
-        )
-        state, metrics = take_step(state, to_mesh(next(batches), mesh), phase)
-        window.append(metrics)
-        done = iteration + 1
-        if done % config.log.every == 0 or done == total:
-            records.write(done, window_means(jax.device_get(window)))
-            window = []
-        if config.log.sample_every and done % config.log.sample_every == 0:
-            record_samples(records, done, sample, state.ema, source, config.log.samples)
-        checkpoints.save(done, state, batches, force=done == total)
-
-    with records.untimed():
-        checkpoints.wait()
+    guard = create_guard(config, skipped=int(state.skipped))
+    iteration, window, recent, rollbacks, bad_records = start, [], {}, 0, set()
+    with termination_notice() as must_end, watchdog(config.faults.hang_seconds) as progresses:
+        while iteration < total:
+            progresses()
+            if must_end(iteration):
+                checkpoints.save_and_wait(iteration, state, batches, {"metrics": recent})
+                raise Preempted(f"asked to end by SIGTERM: saved iteration {iteration}, the same command continues")
+            phase = phase_at(
+                stages,
+                iteration,
+                tangent_warmup=config.loss.tangent_warmup,
+                student_update_freq=config.loss.student_update_freq,
+            )
+            batch = next(batches)
+            report_bad_records(batch, bad_records)
+            batch = to_mesh(batch, mesh)
+            state, metrics = take_step(state, batch, phase)
+            window.append(metrics)
+            iteration += 1
+            trouble = guard.judge(iteration, batch, metrics)
+            if iteration == total:
+                trouble = trouble or guard.judge_last()
+            if trouble:
+                keep_batch(trouble, workdir)
+                restored = None
+                if rollbacks < config.faults.rollbacks and not trouble.is_data:
+                    restored = checkpoints.roll_back(trouble.sound, abstract, trouble.reason)
+                if restored is None:
+                    checkpoints.save_and_wait(iteration, state, batches, {"metrics": recent})
+                    raise Halted(f"iteration {trouble.iteration}: {trouble.reason}; its batch lies in {workdir}/halted")
+                (iteration, state), window, rollbacks = restored, [], rollbacks + 1
+                guard = create_guard(config, skipped=int(state.skipped))
+                records.roll_back(iteration)
+                records.say(f"rolled back to iteration {iteration}, the data go on: {trouble.reason}")
+                continue
+            if iteration % config.log.every == 0 or iteration == total:
+                recent = window_means(jax.device_get(window))
+                records.write(iteration, recent)
+                window = []
+            if config.log.sample_every and iteration % config.log.sample_every == 0:
+                record_samples(records, iteration, sample, state.ema, source, config.log.samples)
+            checkpoints.save(iteration, state, batches, {"metrics": recent})
+        checkpoints.save_and_wait(total, state, batches, {"metrics": recent})
         export(config, state, workdir)
+    checkpoints.close()
     records.close()
     return state
+
+
+def create_guard(config: ConfigDict, skipped: int) -> Guard:
+    """The guard that config.faults describes, for a run that has skipped so many updates before."""
+    c = config.faults
+    guard = Guard(
+        max_skipped=c.max_skipped,
+        max_loss_ratio=c.max_loss_ratio,
+        max_bad_data=c.max_bad_data,
+        batch_size=config.data.batch_size,
+    )
+    guard.start(skipped)
+    return guard
+
+
+def report_bad_records(batch: dict[str, np.ndarray], known: set[str]) -> None:
+    """Says on stderr which records of this process' rows were left out and why, each once; `known` remembers them."""
+    for reason in set(batch["reason"].tolist()) - known - {""}:
+        print(f"left out: {reason}", file=sys.stderr, flush=True)
+        known.add(reason)
+
+
+def keep_batch(trouble: Trouble, workdir: Path) -> None:
+    """Writes the batch that shows a trouble to workdir/halted."""
+    path = workdir / "halted" / f"batch_{trouble.iteration}.safetensors"
+    export_safetensors(path, trouble.batch, {"iteration": str(trouble.iteration), "reason": trouble.reason})
 
 
 def create_network(config: ConfigDict) -> Network:
@@ -120,8 +175,8 @@ def create_network(config: ConfigDict) -> Network:
 
 
 def load_params(path: str | Path, network: Network) -> Params:
-    """A network's parameters from a safetensors file with Wan's tensor names: a teacher, or a student we exported."""
-    tensors, _ = load_safetensors(path)
+    """A network's parameters from a checkpoint of any kind that convert/ reads: a teacher, or a student of ours."""
+    _, tensors = families.published(open_source(Path(path)), families.WAN)
     return params_from_wan(tensors, network.abstract_params(), source=str(path))
 
 
@@ -188,7 +243,7 @@ def init_state(config: ConfigDict, network: Network, optimizers: Optimizers, mes
     teacher = None
     if not needs(parse_stages(config.stages), "flow_matching"):
         if not config.teacher.path:
-            raise UserError("teacher.path is empty: give the safetensors file of the model to distil")
+            raise UserError("teacher.path is empty: give the checkpoint of the model to distil")
         teacher = load_params(config.teacher.path, network)
     abstract = abstract_state(config, network, optimizers, mesh)
     init = functools.partial(create_initial_state, config, network, optimizers)
@@ -271,16 +326,17 @@ def compile_steps(
 
 
 def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process' rows of a batch as global arrays; prompts stay behind."""
+    """This process' rows of a batch as global arrays; texts stay behind."""
     place = sharding.batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(place, batch[name]) for name in ("latent", "text")}
+    return {name: jax.make_array_from_process_local_data(place, batch[name]) for name in ("latent", "text", "fault")}
 
 
 def window_means(window: list[dict[str, Any]]) -> dict[str, float]:
     """Mean of each metric over the iterations that have it; a running count keeps its last value."""
     names = dict.fromkeys(name for metrics in window for name in metrics)
     values = {name: [float(metrics[name]) for metrics in window if name in metrics] for name in names}
-    return {name: series[-1] if name == "skipped" else float(np.mean(series)) for name, series in values.items()}
+    counts = {name for name in values if name == "skipped" or name.startswith("bad_data/")}
+    return {name: series[-1] if name in counts else float(np.mean(series)) for name, series in values.items()}
 
 
 def record_samples(

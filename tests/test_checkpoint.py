@@ -143,22 +143,29 @@ def test_saves_come_at_multiples_and_when_forced(checkpoints: Checkpoints):
     assert not checkpoints.save(13, state, None)
     assert checkpoints.save(13, state, None, force=True)
     assert checkpoints.save(20, state, None)
+    checkpoints.wait()
     assert checkpoints.latest() == reopened(checkpoints).latest() == 20
     assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["13", "20"]
 
 
-def test_an_older_checkpoint_can_be_restored_but_not_overtaken(checkpoints: Checkpoints):
+def test_a_run_can_go_back_to_an_older_checkpoint_but_not_overtake_it(
+    checkpoints: Checkpoints, capfd: pytest.CaptureFixture
+):
     for iteration in (10, 20):
         checkpoints.save(iteration, create_state().replace(iteration=jnp.int32(iteration)), None)
-    iteration, state = checkpoints.restore(create_state(), None, iteration=10)
-    assert iteration == state.iteration == 10
     with pytest.raises(UserError, match=r"holds checkpoint 20, later than iteration=11"):
-        checkpoints.save(11, state, None, force=True)
+        checkpoints.save(11, create_state(), None, force=True)
+    restored = checkpoints.roll_back(19, create_state(), "the loss exploded")
+    assert restored is not None
+    assert restored[0] == restored[1].iteration == 10
+    assert "checkpoint 20 is set aside as" in capfd.readouterr().err
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["10", "20.rolled_back"]
+    assert checkpoints.save(11, create_state(), None, force=True)
 
 
 def test_metadata_comes_back(checkpoints: Checkpoints):
     checkpoints.save(10, create_state(), None, {"preset": "digits", "losses": ["scm"]})
-    assert reopened(checkpoints).metadata() == {"preset": "digits", "losses": ["scm"]}
+    assert reopened(checkpoints).metadata(10) == {"preset": "digits", "losses": ["scm"]}
 
 
 @pytest.mark.parametrize(
@@ -191,26 +198,35 @@ def test_a_state_that_differs_is_refused_by_leaf(
     assert "\n" not in message
 
 
-def test_a_checkpoint_that_is_not_there_is_refused(checkpoints: Checkpoints):
-    with pytest.raises(UserError, match="holds no complete checkpoint"):
-        checkpoints.restore(create_state(), None)
+def test_where_nothing_was_saved_nothing_is_restored_and_nothing_is_made(checkpoints: Checkpoints):
+    assert checkpoints.restore(create_state(), None) is None
     assert not checkpoints.directory.exists()
-    checkpoints.save(10, create_state(), None)
-    with pytest.raises(UserError, match=r"holds no checkpoint 20: choose one of \[10\]"):
-        checkpoints.restore(create_state(), None, iteration=20)
 
 
-def test_data_is_restored_only_if_it_was_saved_by_as_many_processes(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_position_in_the_data_is_restored_only_if_it_was_saved(checkpoints: Checkpoints):
     checkpoints.save(10, create_state(), None)
     with pytest.raises(UserError, match="holds no position in the data"):
         checkpoints.restore(create_state(), batches())
-    checkpoints.save(20, create_state(), batches())
-    by_four = checkpoints._description(20) | {"processes": 4}
-    monkeypatch.setattr(checkpoints, "_description", lambda iteration: by_four)
-    with pytest.raises(UserError, match="of 4 processes: resume with as many, not 1"):
-        checkpoints.restore(create_state(), batches())
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        ({"keep": 1}, [60]),
+        ({"keep": 2, "keep_every": 30}, [30, 50, 60]),
+        ({"keep": 1, "best": "score"}, [40, 60]),
+        ({"keep": 1, "best": "unknown"}, [10, 60]),
+    ],
+)
+def test_the_newest_the_regular_and_the_best_are_kept(tmp_path: Path, policy: dict[str, Any], kept: list[int]):
+    scores = {10: 5.0, 20: float("nan"), 30: 4.0, 40: 1.0, 50: 2.0, 60: 3.0}
+    checkpoints = Checkpoints(tmp_path, every=10, **policy)
+    for iteration, score in scores.items():
+        checkpoints.save(iteration, {"w": jnp.zeros(3)}, None, {"metrics": {"score": score}})
+    checkpoints.wait()
+    assert checkpoints.iterations() == kept
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == kept
+    checkpoints.close()
 
 
 @pytest.mark.parametrize(
@@ -236,18 +252,30 @@ def test_two_leaves_of_one_path_are_refused(checkpoints: Checkpoints):
         checkpoints.save(10, {"a": {"b": jnp.zeros(1)}, "a/b": jnp.zeros(1)}, None)
 
 
-@pytest.mark.parametrize("call", ["wait", "latest", "close"])
-def test_an_error_of_the_background_write_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str):
-    checkpoints = Checkpoints(tmp_path, keep=2, every=10)
+def test_a_write_that_fails_is_reported_and_tried_again(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    state = create_state()
+    checkpoints.save(10, state, None)
+    checkpoints.wait()
 
     def full_disk(*args: object, **kwargs: object):
         raise OSError(28, "No space left on device")
 
-    for name in ("rename", "replace"):
-        monkeypatch.setattr(checkpoint.os, name, full_disk)
-    checkpoints.save(10, create_state(), None)
-    with pytest.raises(OSError, match="No space left"):
-        getattr(checkpoints, call)()
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(checkpoint.os, name, full_disk)
+        assert checkpoints.save(20, state, None)
+        checkpoints.wait()
+        assert "checkpoint 20 could not be written" in capfd.readouterr().err
+        with pytest.raises(UserError, match=r"checkpoint 20 cannot be written .* continues from iteration 10"):
+            checkpoints.save_and_wait(20, state, None)
+        assert capfd.readouterr().err.count("checkpoint 20 could not be written") == checkpoint.ATTEMPTS
+    assert checkpoints.iterations() == [10]
+    assert checkpoints.save(21, state, None)  # at once, not at 30
+    assert not checkpoints.save(22, state, None)
+    checkpoints.wait()
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["10", "21"]
 
 
 KILLED_WHILE_SAVING = """
@@ -277,6 +305,7 @@ def test_a_run_killed_while_it_saves_resumes_from_its_last_complete_checkpoint(t
     np.testing.assert_array_equal(state["w"], np.ones((8, 8)))
 
     checkpoints.save(2, {"w": jnp.full((8, 8), 2.0)}, None)
+    checkpoints.wait()
     assert checkpoints.latest() == 2
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
     checkpoints.close()

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import jaxtyping
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -12,6 +13,7 @@ from grain.checkpoint import CheckpointRestore, CheckpointSave
 
 from rcm_jax.config import UserError
 from rcm_jax.data import digits, pipeline
+from rcm_jax.state import FAULTS
 
 
 def make_source(count):
@@ -159,8 +161,57 @@ def test_a_record_without_a_key_is_refused():
 def test_a_record_of_another_shape_is_refused(key):
     source = make_source(3)
     source[2][key] = source[2][key][:1]
-    with pytest.raises(UserError, match=rf"'{key}' of record 2 has shape \(1, .*\), of record 0 \("):
+    with pytest.raises(UserError, match=rf"'{key}' of record 2 has shape \(1, .*\), of the first \("):
         pipeline.read(source, range(3))
+
+
+class Unreadable(list):
+    """Records of which number 4 lies on a bad sector."""
+
+    def __getitem__(self, index):
+        if index == 4:
+            raise OSError("bad sector")
+        return super().__getitem__(index)
+
+
+@pytest.fixture
+def no_type_checks():
+    """Type checks look into containers."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_bad_record_is_left_out_by_name_and_moves_no_other(in_memory):
+    source = Unreadable(make_source(8))
+    del source[1]["text"]
+    source[2]["latent"] = source[2]["latent"][:1]
+    source[3]["text"] = source[3]["text"].astype(np.float64)
+    source[5]["prompt"] = b"caf\xe9"
+    source[6]["prompt"] = 6
+    faults = {1: "missing_key", 2: "shape", 3: "dtype", 4: "unreadable", 5: "text", 6: "dtype"}
+
+    source = pipeline.InMemory(source) if in_memory else source
+    batch = next(pipeline.make_loader(source, batch_size=16, seed=0))
+
+    order = np.concatenate(take(pipeline.make_loader(make_source(8), batch_size=16, seed=0), 1))
+    for row, number in enumerate(order):
+        fault = batch["fault"][row]
+        assert (FAULTS[fault - 1] if fault else None) == faults.get(number)
+        assert (f"record {number}" in batch["reason"][row]) == bool(fault)
+        assert batch["prompt"][row] == ("" if fault else f"record {number}")
+        for key in ("latent", "text"):
+            np.testing.assert_array_equal(batch[key][row], 0 if fault else number)
+
+
+def test_a_source_without_a_sound_record_is_refused():
+    source = make_source(3)
+    for record in source:
+        del record["latent"]
+    with pytest.raises(UserError, match="record 0 lacks 'latent'"):
+        pipeline.make_loader(source, batch_size=1, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +227,8 @@ def test_digits_are_built_where_they_are_missing(tmp_path, monkeypatch):
         "latent": (4, 8, 16, 16, 1),
         "text": (4, 8, 32),
         "prompt": (4,),
+        "fault": (4,),
+        "reason": (4,),
     }
     assert set(batch["prompt"]) <= set(digits.captions())
 
@@ -195,9 +248,8 @@ def test_loading_stored_records_gives_what_was_stored(digits_folder):
     loaded = next(pipeline.make_loader(source, batch_size=64, seed=0))
     order = np.lexsort(loaded["latent"].reshape(64, -1).T)
     expected = np.lexsort(in_order["latent"].reshape(64, -1).T)
-    for key, value in loaded.items():
-        if key != "prompt":
-            np.testing.assert_array_equal(value[order], in_order[key][expected])
+    for key in ("latent", "text"):
+        np.testing.assert_array_equal(loaded[key][order], in_order[key][expected])
 
 
 def test_a_missing_folder_is_named(tmp_path):

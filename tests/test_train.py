@@ -183,7 +183,7 @@ def test_samples_are_recorded_as_videos_of_their_captions(folder):
 @pytest.mark.parametrize(
     ("run", "changes", "message"),
     [
-        ("rcm", {"teacher.path": ""}, r"teacher\.path is empty: give the safetensors file of the model to distil"),
+        ("rcm", {"teacher.path": ""}, r"teacher\.path is empty: give the checkpoint of the model to distil"),
         ("flow_matching", {"model.preset": "wan3"}, r"model\.preset='wan3' must be one of digits, "),
         ("flow_matching", {"log.sample_every": 1, "data.name": "wan"}, r"log\.sample_every=1 needs a decoder of 'wan'"),
         ("flow_matching", {"mesh.fsdp": 3}, r"fsdp=3 does not cover 8 devices: set mesh\.data=-1"),
@@ -219,6 +219,7 @@ def test_an_update_draws_anew_for_every_iteration_and_seed_and_follows_the_warm_
     mesh, optimizers = sharding.make_mesh(), training.create_optimizers(config)
     place = jax.tree.map(lambda leaf: leaf.sharding, training.abstract_state(config, STUB, optimizers, mesh))
     batch = {"latent": np.ones((8, 8, 16, 16, 1), np.float32), "text": np.ones((8, 8, 32), np.float32)}
+    batch["fault"] = np.zeros(8, np.int32)
 
     def loss(*, seed=0, iteration=0, ratio=0.5):
         config.seed = seed

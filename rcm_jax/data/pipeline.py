@@ -16,11 +16,21 @@ from jaxtyping import Int
 
 from rcm_jax.config import UserError
 from rcm_jax.data import digits
+from rcm_jax.state import FAULTS
 
 Source = Sequence[Mapping[str, Any]]  # random access to records
 Batch = dict[str, np.ndarray]
 
 RANKS = {"latent": 4, "text": 2, "prompt": 0}
+TRIED_FIRST = 100  # records among which one must be sound
+
+
+class BadRecordError(UserError):
+    """A record is not what its data set's records are; `fault` is one of state.FAULTS."""
+
+    def __init__(self, fault: str, message: str):
+        super().__init__(message)
+        self.fault = fault
 
 
 def open_source(name: str | os.PathLike, data_dir: str | os.PathLike, split: str) -> Source:
@@ -75,9 +85,11 @@ def make_loader(
 
     Yields:
         "latent" (b, T, H, W, C) float32, "text" (b, S, D) float32, "prompt" (b,) str; b = batch_size / process_count.
+        In the place of a bad record are zeros; "fault" (b,) int32 is then its number in state.FAULTS plus 1, else 0,
+        and "reason" (b,) str says more.
 
     Raises:
-        UserError: sizes that do not fit; while iterating, a record unlike the first of its batch.
+        UserError: sizes that do not fit, or the first records are all bad.
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
@@ -91,7 +103,8 @@ def make_loader(
     rows = batch_size // process_count
     first = process_index * rows
     indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size)
-    batches = indices.map(lambda index_B: read(source, index_B[first : first + rows]))
+    example = first_sound(source)
+    batches = indices.map(lambda index_B: read_tolerantly(source, index_B[first : first + rows], example))
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     return iter(batches.to_iter_dataset(options))
 
@@ -106,24 +119,70 @@ def read(source: Source, indices: Sequence[int] | Int[np.ndarray, "b"]) -> Batch
     """Reads and stacks records.
 
     Raises:
-        UserError: a record lacks a key, or its shape differs from the first one's.
+        BadRecordError: a record cannot be read, lacks a key, or is unlike the first one.
     """
-    records = [source[int(index)] for index in indices]
-    for index, record in zip(indices, records, strict=True):
-        for key in RANKS:
-            if key not in record:
-                raise UserError(
-                    f"record {index} lacks {key!r}, it has {sorted(record)}: write records with {sorted(RANKS)}"
+    example = read_record(source, int(indices[0]))
+    return _stack([read_record(source, int(index), example) for index in indices])
+
+
+def read_tolerantly(source: Source, indices: Sequence[int] | Int[np.ndarray, "b"], example: Mapping[str, Any]) -> Batch:
+    """Reads and stacks records like `example`; in the place of others are zeros, "fault" and "reason"."""
+    records, fault, reason = [], np.zeros(len(indices), np.int32), [""] * len(indices)
+    for row, index in enumerate(indices):
+        try:
+            records.append(read_record(source, int(index), example))
+        except BadRecordError as error:
+            records.append({key: np.zeros_like(example[key]) for key in ("latent", "text")} | {"prompt": ""})
+            fault[row], reason[row] = FAULTS.index(error.fault) + 1, str(error)
+    return {**_stack(records), "fault": fault, "reason": np.array(reason)}
+
+
+def first_sound(source: Source) -> dict[str, Any]:
+    """The first record that can be read, by which all others are judged. Raises BadRecordError if there is none."""
+    error = None
+    for index in range(min(TRIED_FIRST, len(source))):
+        try:
+            return read_record(source, index)
+        except BadRecordError as bad:
+            error = error or bad
+    raise error or UserError("the source has no records: build it, or choose another split")
+
+
+def read_record(source: Source, index: int, example: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Record `index`, its prompt as str; shapes and dtypes must be those of `example`.
+
+    Raises:
+        BadRecordError: it cannot be read, lacks a key, is unlike the example, or its prompt is not text in UTF-8.
+    """
+    try:
+        record = dict(source[index])
+    except Exception as error:  # whatever a decoder makes of damaged bytes
+        raise BadRecordError("unreadable", f"record {index} cannot be read: {type(error).__name__}") from error
+    if fault := record.get("fault", 0):  # found before
+        raise BadRecordError(FAULTS[fault - 1], str(record["reason"]))
+    for key in RANKS:
+        if key not in record:
+            raise BadRecordError(
+                "missing_key",
+                f"record {index} lacks {key!r}, it has {sorted(record)}: write records with {sorted(RANKS)}",
+            )
+        if example is None or key == "prompt":
+            continue
+        for fault in ("shape", "dtype"):
+            found, expected = (getattr(np.asarray(side[key]), fault) for side in (record, example))
+            if found != expected:
+                raise BadRecordError(
+                    fault,
+                    f"{key!r} of record {index} has {fault} {found}, of the first {expected}: one data set holds one",
                 )
-            if np.shape(record[key]) != np.shape(records[0][key]):
-                raise UserError(
-                    f"{key!r} of record {index} has shape {np.shape(record[key])}, of record {indices[0]} "
-                    f"{np.shape(records[0][key])}: one data set holds one shape"
-                )
+    return {"latent": record["latent"], "text": record["text"], "prompt": _as_str(record["prompt"], index)}
+
+
+def _stack(records: list[dict[str, Any]]) -> Batch:
     return {
         "latent": np.stack([record["latent"] for record in records]).astype(np.float32),
         "text": np.stack([record["text"] for record in records]).astype(np.float32),
-        "prompt": np.array([_as_str(record["prompt"]) for record in records]),
+        "prompt": np.array([record["prompt"] for record in records]),
     }
 
 
@@ -131,8 +190,8 @@ class InMemory(Sequence):
     """All records of a source, decoded once: for small data whose decoding would hold up the steps."""
 
     def __init__(self, source: Source):
-        """Reads every record. Raises UserError for one that is not like the first."""
-        self.arrays = read(source, range(len(source)))
+        """Reads every record. A bad one remains known as bad."""
+        self.arrays = read_tolerantly(source, range(len(source)), first_sound(source))
 
     def __len__(self) -> int:
         return len(self.arrays["prompt"])
@@ -143,5 +202,11 @@ class InMemory(Sequence):
         return {key: array[index] for key, array in self.arrays.items()}
 
 
-def _as_str(prompt: str | bytes) -> str:
-    return prompt.decode() if isinstance(prompt, bytes) else prompt
+def _as_str(prompt: Any, index: int) -> str:
+    try:
+        prompt = prompt.decode() if isinstance(prompt, bytes) else prompt
+    except UnicodeDecodeError as error:
+        raise BadRecordError("text", f"the prompt of record {index} is not text in UTF-8: {error.reason}") from None
+    if not isinstance(prompt, str):
+        raise BadRecordError("dtype", f"the prompt of record {index} is of type {type(prompt).__name__}, not text")
+    return prompt
