@@ -148,11 +148,7 @@ def convolve_and_add(x_BTHWC: Any, kernel_THWIO: Any, time_stride: int) -> Any:
 
 def _shape(config: Any, task: str, shape: tuple[int, int, int]) -> tuple[int, ...]:
     """(frames, rows, columns, channels) of what the network takes."""
-    frames, rows, columns = shape
-    if task == "encode":
-        return frames, rows, columns, 3
-    block = config.space_factor * config.patch
-    return 1 + (frames - 1) // config.frame_factor, rows // block, columns // block, config.latent_channels
+    return (*shape, 3) if task == "encode" else config.latent_shape(shape)
 
 
 def _seconds(run: Callable[[], Any], repeats: int) -> float:

@@ -6,12 +6,14 @@ That they are umT5, T5 and CLIP is shown in tests/parity.
 import dataclasses
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rcm_jax.config import UserError
 from rcm_jax.convert.clip import clip_table, join_qkv, split_qkv, with_prefix
 from rcm_jax.convert.places import Place, flat_params, params_from_published, published_tensors
 from rcm_jax.convert.umt5 import t5_table, without_copies
@@ -190,6 +192,23 @@ def test_a_text_encoder_comes_back_bit_for_bit(preset, layout):
     params, table = initial(t5(preset)), t5_table(T5[preset], layout)
     tensors = published_tensors(params, table)
     jax.tree.map(np.testing.assert_array_equal, params_from_published(tensors, params, table), params)
+
+
+def test_a_file_is_read_tensor_by_tensor_once_all_of_it_fits():
+    params, table = initial(t5("umt5-xxl")), t5_table(T5["umt5-xxl"], "wan")
+    tensors = published_tensors(params, table)
+    in_file = {name: SimpleNamespace(shape=tensor.shape, name=name) for name, tensor in tensors.items()}
+    order = []
+
+    def read(tensor):
+        order.append(tensor.name)
+        return tensors[tensor.name]
+
+    with pytest.raises(UserError, match="unexpected other"):
+        params_from_published(in_file | {"other": SimpleNamespace(shape=())}, params, table, read=read)
+    assert not order
+    jax.tree.map(np.testing.assert_array_equal, params_from_published(in_file, params, table, read=read), params)
+    assert sorted(order) == sorted(tensors)
 
 
 def test_a_second_copy_of_the_token_embedding_is_left_out():

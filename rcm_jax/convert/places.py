@@ -66,9 +66,16 @@ def published_tensors(params: dict[str, Any], table: Table) -> dict[str, np.ndar
 
 
 def params_from_published(
-    tensors: Mapping[str, Any], abstract_params: dict[str, Any], table: Table, *, source: str = "checkpoint"
+    tensors: Mapping[str, Any],
+    abstract_params: dict[str, Any],
+    table: Table,
+    *,
+    source: str = "checkpoint",
+    read: Callable[[Any], np.ndarray] = np.asarray,
 ) -> dict[str, Any]:
     """Parameters with the structure, shapes and dtypes of `abstract_params`, from tensors by their published names.
+
+    Tensors have a shape, and `read` turns one into a numpy array; it is called for one at a time, after all fit.
 
     Raises UserError that lists every missing, unexpected or wrong-shaped tensor of `source` by name.
     """
@@ -79,11 +86,11 @@ def params_from_published(
     for path, leaf in leaves.items():
         match places[path]:
             case Place() as place:
-                values[path] = adopt(path, np.asarray(tensors[place.name]), leaf.shape).astype(leaf.dtype)
+                values[path] = adopt(path, read(tensors[place.name]), leaf.shape).astype(leaf.dtype)
             case layers:
                 values[path] = np.empty(leaf.shape, leaf.dtype)
                 for layer, place in zip(values[path], layers, strict=True):
-                    layer[...] = adopt(path, np.asarray(tensors[place.name]), layer.shape)
+                    layer[...] = adopt(path, read(tensors[place.name]), layer.shape)
     return traverse_util.unflatten_dict(values, sep=".")
 
 

@@ -57,6 +57,22 @@ class VAEConfig:
         """Rows, and columns, of patches for one of the latent."""
         return 2 ** (len(self.multipliers) - 1)
 
+    def latent_shape(self, video_THW: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        """(frames, rows, columns, channels) of the latent of a video of (frames, rows, columns).
+
+        Raises ValueError for a video that does not divide so.
+        """
+        frames, *sides = video_THW
+        block = self.patch * self.space_factor
+        if (frames - 1) % self.frame_factor:
+            raise ValueError(f"video of {frames} frames must have 1 + {self.frame_factor} k of them: leave some out")
+        if any(side % block for side in sides):
+            raise ValueError(
+                f"video of {sides[0]} x {sides[1]} pixels must have multiples of {block}: resize or crop it"
+            )
+        rows, columns = (side // block for side in sides)
+        return 1 + (frames - 1) // self.frame_factor, rows, columns, self.latent_channels
+
 
 FRAMES = 3  # under the window of every convolution over time
 
@@ -141,7 +157,8 @@ class Encoder(nnx.Module):
         Raises ValueError for a video that does not divide so.
         """
         c = self.config
-        _check_video(video_BTHWC.shape, config=c)
+        _, frames, rows, columns, _ = video_BTHWC.shape
+        c.latent_shape((frames, rows, columns))  # raises for what does not divide
         x = rearrange(video_BTHWC, "b t (h q) (w r) c -> b t h w (c r q)", q=c.patch, r=c.patch)
         run = functools.partial(run_by_chunks, self, frames_in=c.frame_factor, frames_out=1)
         if tiling is None:
@@ -496,12 +513,3 @@ def _factors(config: VAEConfig) -> list[tuple[int, int]]:
 
 def _channels(values: tuple[float, ...]) -> jax.Array:
     return jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 1, -1)
-
-
-def _check_video(shape: tuple[int, ...], *, config: VAEConfig) -> None:
-    _, t, h, w, _ = shape
-    block = config.patch * config.space_factor
-    if (t - 1) % config.frame_factor:
-        raise ValueError(f"video of {t} frames must have 1 + {config.frame_factor} k of them: leave some out")
-    if h % block or w % block:
-        raise ValueError(f"video of {h} x {w} pixels must have multiples of {block}: resize or crop it")
