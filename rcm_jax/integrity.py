@@ -11,10 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # Any two odd constants; each starts a lane of 32 bits.
 _LANES = (0x9E3779B9, 0x7F4A7C15)
+
+SLAB = 2**22  # elements
 
 
 def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
@@ -24,14 +27,22 @@ def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     accidents go unnoticed once in 2^64. They are no defence against forgery.
     """
     start = jnp.array(_LANES, jnp.uint32)
-    lanes = {name: _sum(array, start) for name, array in arrays.items()}  # all are under way before one is fetched
+    lanes = {
+        name: _sum(array, start, jnp.uint32(0)) for name, array in arrays.items()
+    }  # all are under way before one is fetched
     return {name: join_lanes([pair.tolist()]) for name, pair in jax.device_get(lanes).items()}
 
 
-def part_lanes(part: Any, layer: int | None) -> list[int]:
-    """What an array adds to the lanes of a fingerprint: of its own, or of the array that has it as its `layer`."""
+def part_lanes(part: np.ndarray, layer: int | None) -> list[int]:
+    """What an array adds to the lanes of a fingerprint: of its own, or of the array that has it as its `layer`.
+
+    It is summed in slabs, since XLA on a CPU holds several arrays of the size of its operand.
+    """
     start = jnp.array(_LANES, jnp.uint32)
-    return [int(lane) for lane in _sum(part, start if layer is None else _scramble(start ^ jnp.uint32(layer)))]
+    start = start if layer is None else _scramble(start ^ jnp.uint32(layer))
+    rows = max(1, SLAB * len(part) // max(part.size, 1))
+    slabs = [_sum(part[first : first + rows], start, jnp.uint32(first)).tolist() for first in range(0, len(part), rows)]
+    return [sum(lane) % 2**32 for lane in zip((0, 0), *slabs, strict=True)]
 
 
 def join_lanes(parts: Iterable[Iterable[int]]) -> str:
@@ -40,11 +51,13 @@ def join_lanes(parts: Iterable[Iterable[int]]) -> str:
 
 
 @jax.jit
-def _sum(array: jax.Array, start: jax.Array) -> jax.Array:
+def _sum(array: jax.Array, start: jax.Array, first: jax.Array) -> jax.Array:
+    """The lanes of `array`, or of a slab of one from row `first` on."""
     bits = _bits(array)
     places = jnp.broadcast_to(start.reshape(2, *(1,) * bits.ndim), (2, *bits.shape))
     for axis in range(bits.ndim):  # chained, so that no array is too large for numbers of 32 bits
-        places = _scramble(places ^ lax.broadcasted_iota(jnp.uint32, places.shape, axis + 1))
+        index = lax.broadcasted_iota(jnp.uint32, places.shape, axis + 1)
+        places = _scramble(places ^ (index if axis else index + first))
     return jnp.sum(_scramble(bits[None] ^ places), axis=range(1, places.ndim), dtype=jnp.uint32)
 
 
