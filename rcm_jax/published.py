@@ -12,6 +12,7 @@ from rcm_jax.config import UserError
 SamplerName = Literal["few-step-sde", "few-step-ode", "euler", "unipc"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 FEW_STEPS = 4
+FRAME_FACTOR = 4  # frames of one latent frame, the first excepted
 
 # Width and height. With an image, a name gives the area alone: the shape is the image's.
 RESOLUTIONS = {"480p": (832, 480), "704p": (1280, 704), "720p": (1280, 720), "768p": (1360, 768)}
@@ -40,6 +41,7 @@ class Published:
         shift: of a teacher's times towards noise; None for the times of Cosmos-Predict2.
         sigma_max: noise level at which a distilled model starts.
         size: a name of RESOLUTIONS.
+        block: pixels of a token, along rows and columns.
         negative: the caption to go away from.
         image: whether the first frame is given.
         vae, text_encoder, image_encoder: presets of models/vae.py, umt5.py and clip.py.
@@ -51,6 +53,7 @@ class Published:
     sampler: SamplerName = "unipc"
     sigma_max: float = 80.0
     size: str = "720p"
+    block: int = 16
     frames: int = 81
     fps: int = 16
     negative: str = _WAN_NEGATIVE
@@ -60,9 +63,7 @@ class Published:
     image_encoder: str | None = None
 
 
-_COSMOS = Published(
-    steps=35, shift=None, sampler="euler", negative=_COSMOS_NEGATIVE, text_encoder="t5-11b"
-)
+_COSMOS = Published(steps=35, shift=None, sampler="euler", negative=_COSMOS_NEGATIVE, text_encoder="t5-11b")
 # By model, or by the models' common name where sizes agree.
 MODELS = {
     "wan2.1-t2v": Published(),
@@ -77,7 +78,7 @@ MODELS = {
     ),
     "wan2.2-t2v": Published(steps=40, guidance=(4.0, 3.0), shift=12.0),
     "wan2.2-i2v": Published(steps=40, guidance=(3.5, 3.5), sigma_max=200.0, image="required"),
-    "wan2.2-ti2v": Published(size="704p", frames=121, fps=24, image="optional", vae="wan2.2"),
+    "wan2.2-ti2v": Published(size="704p", block=32, frames=121, fps=24, image="optional", vae="wan2.2"),
     "cosmos-predict2-t2i": dataclasses.replace(_COSMOS, size="768p", frames=1, negative=""),
     "cosmos-predict2-v2w": dataclasses.replace(_COSMOS, guidance=(8.0,), size="704p", frames=93, image="required"),
 }
