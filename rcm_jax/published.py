@@ -106,16 +106,10 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def fit_size(image: tuple[int, int], area: int, block: int) -> tuple[int, int]:
-    """Width and height of the largest video of at most `area` pixels that is shaped like an image.
+    """Width and height, nearest multiples of `block`, of a video of about `area` pixels that is shaped like an image.
 
-    Both are multiples of `block`. Of rounding the width first and rounding the height first, what keeps the image's
-    shape better is taken.
+    This is the rule of rCM's scripts. Wan's own round down, so a video may have a few rows or columns less there.
     """
     ratio = image[0] / image[1]
-    width = max(block, int((area * ratio) ** 0.5) // block * block)
-    height = max(block, int((area / ratio) ** 0.5) // block * block)
-    choices = [
-        (width, max(block, area // width // block * block)),
-        (max(block, area // height // block * block), height),
-    ]
-    return min(choices, key=lambda size: max(ratio * size[1] / size[0], size[0] / size[1] / ratio))
+    width, height = (max(1, round((area * r) ** 0.5 / block)) * block for r in (ratio, 1 / ratio))
+    return width, height

@@ -104,7 +104,7 @@ def euler(
 
     By default one step is compiled and scanned; another `loop` can show progress or change networks between steps.
     """
-    s_all = np.asarray(times, np.float32)
+    s_all = jnp.asarray(times, jnp.float32)
 
     def step(x: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         s, s_next = pair
@@ -134,7 +134,7 @@ def unipc(
         x = keep * x + correct[0] * last + correct[1] * x0 + correct[2] * x0_1 + correct[3] * x0_2
         return (predict[0] * x + predict[1] * x0 + predict[2] * x0_1, x, x0, x0_1), None
 
-    rows = unipc_coefficients(times).astype(np.float32)
+    rows = jnp.asarray(unipc_coefficients(times), jnp.float32)
     x = sample_noise(seeds_B, shape_THWC, 0) * rows[0, 0]
     return loop(step, (x, x, x, x), rows)[0][0]
 
