@@ -19,6 +19,13 @@ def keep_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def set_determinism(wanted: bool) -> None:
+    """Lets XLA use, on GPUs, only kernels that always give the same bits. Call it before JAX finds its devices."""
+    if wanted:
+        flags = (os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
+        os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+
+
 def join_processes() -> None:
     """Makes this process one of several, by what the cluster says (TPU pods, SLURM, ...) or by environment variables.
 

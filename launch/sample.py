@@ -307,16 +307,21 @@ def _metadata(arguments: Namespace, order: Order, model: str) -> dict[str, Any]:
 
 def _prompts(arguments: Namespace) -> list[str]:
     """The captions of the command line, then those of a file. Raises UserError if there is none."""
-    prompts = list(arguments.prompt)
-    if arguments.prompt_file is not None:
-        try:
-            lines = Path(arguments.prompt_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt-file {arguments.prompt_file} cannot be read as text: {error}") from None
-        prompts += [line.strip() for line in lines if line.strip()]
+    prompts = arguments.prompt + read_prompts(arguments.prompt_file)
     if not prompts:
         raise UserError("there is no caption: give --prompt TEXT or --prompt-file FILE")
     return prompts
+
+
+def read_prompts(path: str | None) -> list[str]:
+    """The lines of a text file that are not blank; none of no file. Raises UserError if it is not text."""
+    if path is None:
+        return []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-file {path} cannot be read as text: {error}") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _parse_seeds(text: str) -> list[int]:

@@ -11,7 +11,7 @@ Exit codes: 0 done; 2 a mistake to mend; 3 the numbers went wrong; 75 asked to e
 import faulthandler
 import sys
 
-from launch import ends_together, join_processes, keep_compilations
+from launch import ends_together, join_processes, keep_compilations, set_determinism
 from rcm_jax.config import Command
 
 
@@ -23,6 +23,7 @@ def main() -> None:
     arguments, config = command.parse()
     faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash outside Python tells where
     with command.reports_user_errors():
+        set_determinism(config.deterministic)
         keep_compilations()
         if arguments.distributed:
             join_processes()

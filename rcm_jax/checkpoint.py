@@ -5,12 +5,10 @@ Orbax writes it to a temporary directory in the background and renames it when c
 absent; what time or an accident does to it afterwards is found when it is restored.
 """
 
-import contextlib
 import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +24,7 @@ from jax.experimental import multihost_utils
 
 from rcm_jax import integrity
 from rcm_jax.config import UserError
+from rcm_jax.records import warn
 
 T = TypeVar("T")
 
@@ -183,7 +182,7 @@ class Checkpoints:
         target = next(source.with_name(name) for name in names if not source.with_name(name).exists())
         if jax.process_index() == 0:
             source.rename(target)
-            _say(f"checkpoint {iteration} is set aside as {target}: {reason}")
+            warn(f"checkpoint {iteration} is set aside as {target}: {reason}")
         _everywhere(True)  # no process goes on before the rename
 
     def roll_back(self, iteration: int, abstract_state: Any, reason: str) -> tuple[int, Any] | None:
@@ -214,10 +213,9 @@ class Checkpoints:
             return
         try:
             self._writer.check_for_errors()
-            ended = self._path(self._writing).exists()
         except Exception as error:
-            self._failure, ended = error, True
-        if _everywhere(ended):
+            self._failure = error
+        if _everywhere(self._failure is not None or self._path(self._writing).exists()):
             self._finish()
 
     def _finish(self) -> None:
@@ -239,7 +237,7 @@ class Checkpoints:
         self._failed = True
         self._remove_leftovers()
         reason = "another process failed" if error is None else _brief(error)
-        _say(
+        warn(
             f"checkpoint {iteration} could not be written to {self.directory}: {reason}; older ones are kept, another"
             " attempt follows"
         )
@@ -353,10 +351,12 @@ def _read_arrays(path: Path, stored: dict[str, jax.ShapeDtypeStruct]) -> dict[st
 
 
 def _attempt(read: Callable[[], T]) -> T:
-    """Calls `read` on every process. If it fails on one, raises DamagedError on all."""
+    """Calls `read` on every process. If it fails on one, raises DamagedError on all, unless no file is to blame."""
     result, error = None, None
     try:
         result = read()
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):  # the host's or the devices' memory, mostly
+        raise
     except Exception as raised:  # a file may be damaged in any way
         error = raised
     if not _everywhere(error is None):
@@ -374,11 +374,6 @@ def _brief(error: Exception, length: int = 300) -> str:
     kind = "" if isinstance(error, DamagedError) else f"{type(error).__name__}: "
     line = " ".join(f"{kind}{error}".split())
     return line if len(line) <= length else f"{line[:length]}..."
-
-
-def _say(message: str) -> None:
-    with contextlib.suppress(OSError):  # stderr may be a file on the disk that is full
-        print(message, file=sys.stderr, flush=True)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -425,7 +420,7 @@ def export_safetensors(
     Every process of a run calls it; sharded arrays are gathered to each host, and process 0 writes.
     """
     path = Path(path)
-    gathered = {name: _on_host(tensor) for name, tensor in tensors.items()}
+    gathered = {name: on_host(tensor) for name, tensor in tensors.items()}
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -440,7 +435,7 @@ def export_safetensors(
         partial.unlink(missing_ok=True)
 
 
-def _on_host(tensor: jax.Array | np.ndarray) -> np.ndarray:
+def on_host(tensor: jax.Array | np.ndarray) -> np.ndarray:
     """The whole tensor in the order of C, which is how safetensors reads the buffer it is given."""
     if isinstance(tensor, jax.Array) and not tensor.is_fully_addressable:
         tensor = multihost_utils.process_allgather(tensor, tiled=True)

@@ -24,8 +24,16 @@ from ml_collections import ConfigDict, FieldReference
 LOSSES = ("flow_matching", "scm", "dcm", "dmd")
 
 
+LONGEST_MESSAGE = 4000  # characters; a value that is quoted may be longer than any screen
+
+
 class UserError(ValueError):
     """A mistake the user can mend; `Command` prints it as one line, without a traceback."""
+
+    def __init__(self, message: str):
+        line = "".join(char if char.isprintable() else " " for char in message)
+        half = LONGEST_MESSAGE // 2
+        super().__init__(line if len(line) <= LONGEST_MESSAGE else f"{line[:half]} ... {line[-half:]}")
 
 
 class EarlyEnd(Exception):
@@ -82,8 +90,9 @@ def _parse_stage(text: str) -> Stage:
         raise UserError(f"{where} must not join scm and dcm: they are the continuous and the discrete form of one loss")
     if "flow_matching" in losses and len(losses) > 1:
         raise UserError(f"{where} must have flow_matching alone: it trains a teacher, the other losses distil one")
-    if not (iterations.isascii() and iterations.isdecimal() and int(iterations) > 0):
-        raise UserError(f"{where} must end in a positive number of iterations: write {names}:1000, for example")
+    short = iterations.isascii() and iterations.isdecimal() and len(iterations) <= 10
+    if not (short and 0 < int(iterations) < 2**31):
+        raise UserError(f"{where} must end in a positive number of iterations below 2^31: write {names}:1000")
     return Stage(frozenset(losses), int(iterations))
 
 
@@ -162,7 +171,7 @@ def _override(config: ConfigDict, override: str) -> None:
     current = flat[key].get() if optional else flat[key]
     try:
         value = None if optional and text.lower() == "none" else _parse_value(text, kind, current)
-    except (KeyError, ValueError, SyntaxError):
+    except (KeyError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         rule = f"must be of type {kind.__name__}{' or none' if optional else ''}"
         raise UserError(f"{where} {rule}: its value in the config file is {current!r}") from None
     config.update_from_flattened_dict({key: value})
@@ -212,19 +221,34 @@ def _falling(times: Sequence[float]) -> bool:
 
 Rule = tuple[Callable[[Any], bool], str]
 
-_POSITIVE_INTEGER: Rule = (lambda value: type(value) is int and value >= 1, "a positive integer")
-_COUNT: Rule = (lambda value: type(value) is int and value >= 0, "an integer of at least 0")
+_POSITIVE_INTEGER: Rule = (lambda value: type(value) is int and 1 <= value < 2**31, "a positive integer below 2^31")
+_COUNT: Rule = (lambda value: type(value) is int and 0 <= value < 2**31, "an integer of at least 0 and below 2^31")
+_NUMBER: Rule = (lambda value: -math.inf < value < math.inf, "a finite number")
+_TEXT: Rule = (lambda value: isinstance(value, str), "text, perhaps empty")
+_OPTIONAL_TEXT: Rule = (lambda value: value is None or isinstance(value, str), "text, or none")
+_SWITCH: Rule = (lambda value: isinstance(value, bool), "True or False")
 _POSITIVE: Rule = (lambda value: 0 < value < math.inf, "a positive number")
 _WEIGHT: Rule = (lambda value: 0 <= value < math.inf, "a number of at least 0")
 _DECAY_RATE: Rule = (lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 _FALLING_TIMES: Rule = (_falling, "TrigFlow times that fall, each between 0 and pi/2")
-_MESH_SIZE: Rule = (lambda value: value == -1 or value >= 1, "a positive integer, or -1 for the devices that are left")
+_MESH_SIZE: Rule = (
+    lambda value: type(value) is int and (value == -1 or 1 <= value < 2**31),
+    "a positive integer, or -1 for the devices that are left",
+)
 
 _RULES: dict[str, Rule] = {
     "seed": _COUNT,
     "stages": (lambda value: isinstance(value, str), "stages such as 'scm:400,scm+dmd:1000'"),
+    "deterministic": _SWITCH,
+    "model.preset": _TEXT,
     "model.dtype": (lambda value: value in ("float32", "bfloat16"), "float32 or bfloat16"),
+    "teacher.path": _OPTIONAL_TEXT,
+    "teacher.negative_path": _OPTIONAL_TEXT,
+    "teacher.caption_dropout": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
     "teacher.guidance": (lambda value: 1 <= value < math.inf, "a number of at least 1 (no guidance)"),
+    "data.name": _TEXT,
+    "data.dir": _TEXT,
+    "data.in_memory": _SWITCH,
     "data.batch_size": _POSITIVE_INTEGER,
     "data.accumulate": _POSITIVE_INTEGER,
     "optimizer.student_lr": _POSITIVE,
@@ -241,6 +265,7 @@ _RULES: dict[str, Rule] = {
     "loss.student_update_freq": _POSITIVE_INTEGER,
     "loss.simulation_steps": _POSITIVE_INTEGER,
     "loss.simulation_times": _FALLING_TIMES,
+    "loss.p_G_mean": _NUMBER,
     "loss.p_G_std": _POSITIVE,
     "loss.p_D_shift": _POSITIVE,
     "loss.dcm_steps": (lambda value: type(value) is int and value >= 2, "an integer of at least 2"),
@@ -251,7 +276,7 @@ _RULES: dict[str, Rule] = {
     "checkpoint.every": _POSITIVE_INTEGER,
     "checkpoint.keep": _POSITIVE_INTEGER,
     "checkpoint.keep_every": _COUNT,
-    "checkpoint.best": (lambda value: isinstance(value, str), "the name of a metric, or empty"),
+    "checkpoint.best": _TEXT,
     "faults.hang_seconds": _WEIGHT,
     "faults.max_skipped": _COUNT,
     "faults.max_loss_ratio": _WEIGHT,
@@ -260,6 +285,7 @@ _RULES: dict[str, Rule] = {
     "log.every": _POSITIVE_INTEGER,
     "log.sample_every": _COUNT,
     "log.samples": _POSITIVE_INTEGER,
+    "log.wandb": _OPTIONAL_TEXT,
     "sampling.sigma_max": _POSITIVE,
     "sampling.mid_times": _FALLING_TIMES,
     "sampling.teacher_steps": _POSITIVE_INTEGER,

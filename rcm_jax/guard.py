@@ -39,15 +39,11 @@ class Guard:
         self._skipped, self._in_a_row = skipped, 0
         self._losses = collections.defaultdict(lambda: collections.deque(maxlen=HISTORY))
 
-    def judge(self, iteration: int, batch: Any, metrics: Any) -> Trouble | None:
-        """Takes an iteration, counted from 1, and gives what was wrong with the one given before."""
+    def judge(self, iteration: int, batch: Any, metrics: Any, *, last: bool = False) -> Trouble | None:
+        """Takes an iteration, counted from 1, and tells what was wrong with the one before, or with the `last`."""
         waiting, self._waiting = self._waiting, (iteration, batch, metrics)
-        return None if waiting is None else self._judge(*waiting)
-
-    def judge_last(self) -> Trouble | None:
-        """What is wrong with the iteration given last."""
-        waiting, self._waiting = self._waiting, None
-        return None if waiting is None else self._judge(*waiting)
+        trouble = None if waiting is None else self._judge(*waiting)
+        return self._judge(*self._waiting) if last and trouble is None else trouble
 
     def _judge(self, iteration: int, batch: Any, metrics: Any) -> Trouble | None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}

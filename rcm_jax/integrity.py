@@ -77,7 +77,8 @@ def _scramble(x: jax.Array) -> jax.Array:
 
 
 def seal(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """`facts`, of JSON types, with the SHA-256 of their text under "seal"."""
+    """`facts` as JSON gives them back, with the SHA-256 of their text under "seal". Raises TypeError if it cannot."""
+    facts = json.loads(json.dumps(facts))
     return {**facts, "seal": _digest(facts)}
 
 

@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import io
 import json
+import os
 import platform
 import shlex
 import socket
@@ -235,7 +236,8 @@ def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def write_run_info(workdir: str | Path, config: Mapping[str, Any], *, process_index: int = 0) -> dict:
-    """Writes workdir/run.json (process 0 only): the resolved config, the command, package versions and devices.
+    """Writes workdir/run.json (process 0 only): the resolved config, the command, XLA's flags, package
+    versions and devices.
 
     Returns what it holds. A resumed run writes it anew.
     """
@@ -243,6 +245,7 @@ def write_run_info(workdir: str | Path, config: Mapping[str, Any], *, process_in
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
         "config": config,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": {"python": platform.python_version(), **_versions()},
         "devices": {
             "kind": jax.devices()[0].device_kind,
@@ -291,6 +294,12 @@ def _open_log(path: Path, first_dropped: int) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
+def warn(message: str) -> None:
+    """Prints a line on stderr, of whichever process."""
+    with suppress(OSError):  # stderr may be a file on a disk that is full
+        print(message, file=sys.stderr, flush=True)
+
+
 class _EventFile:
     """TensorBoard's events, written at once.
 
@@ -319,8 +328,7 @@ def _outlives_a_full_disk(iteration: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        with suppress(OSError):
-            print(f"records up to iteration {iteration} are not written yet ({error}): free space", file=sys.stderr)
+        warn(f"records up to iteration {iteration} are not written yet ({error}): free space")
 
 
 def _start_wandb(project: str, workdir: str | Path) -> ModuleType:

@@ -1,7 +1,6 @@
 """The story of a run, from its config to its last checkpoint."""
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rcm_jax import sampling, sharding
-from rcm_jax.checkpoint import Checkpoints, export_safetensors, load_safetensors
+from rcm_jax.checkpoint import Checkpoints, export_safetensors, load_safetensors, on_host
 from rcm_jax.config import Halted, Preempted, UserError, parse_stages
 from rcm_jax.convert import families
 from rcm_jax.convert.sources import open_source
@@ -26,7 +25,7 @@ from rcm_jax.lifetime import termination_notice, watchdog
 from rcm_jax.models.blocks import Remat
 from rcm_jax.models.functional import Network, functional
 from rcm_jax.models.wan import PRESETS, Wan
-from rcm_jax.records import RunRecords, write_run_info
+from rcm_jax.records import RunRecords, warn, write_run_info
 from rcm_jax.schedule import Phase, needs, phase_at, total_iterations
 from rcm_jax.state import Params, TrainState, create_optimizer, create_state, ema_exponent
 from rcm_jax.steps import Metrics, Recipe, critic_step, student_step
@@ -38,13 +37,24 @@ OFFICIAL_ELEMENTS = 16 * 21 * 60 * 104
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Runs, or resumes, the experiment that `config` describes; everything it writes lies in `workdir`.
 
-    Returns the last state. Raises ValueError for a config that does not fit its data, its teacher or the devices.
+    Returns the last state.
+
+    Raises:
+        UserError: the config does not fit its data, its teacher or the devices.
+        Preempted: SIGTERM asked it to end.
+        Halted: its numbers or its data are wrong, as config.faults defines it.
     """
+    with termination_notice() as must_end, watchdog(config.faults.hang_seconds) as progresses:
+        return _train(config, Path(workdir), must_end, progresses)
+
+
+def _train(
+    config: ConfigDict, workdir: Path, must_end: Callable[[int], bool], progresses: Callable[[], None]
+) -> TrainState:
     if config.log.sample_every and config.data.name != "digits":
         raise UserError(
             f"log.sample_every={config.log.sample_every} needs a decoder of {config.data.name!r}: set it to 0"
         )
-    workdir = Path(workdir)
     stages = parse_stages(config.stages)
     total = total_iterations(stages)
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
@@ -74,6 +84,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     take_step = compile_steps(config, network, optimizers, latent_shape, negative, shardings)
 
+    progresses()
     checkpoints = Checkpoints(workdir / "checkpoints", **config.checkpoint)
     restored = checkpoints.restore(abstract, batches)
     start, state = restored or (0, init_state(config, network, optimizers, mesh))
@@ -90,49 +101,45 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     sample = student_sampler(config, network, latent_shape, steps=sampling.MAX_STEPS)
     guard = create_guard(config, skipped=int(state.skipped))
     iteration, window, recent, rollbacks, bad_records = start, [], {}, 0, set()
-    with termination_notice() as must_end, watchdog(config.faults.hang_seconds) as progresses:
-        while iteration < total:
-            progresses()
-            if must_end(iteration):
+    while iteration < total:
+        progresses()
+        if must_end(iteration):
+            checkpoints.save_and_wait(iteration, state, batches, {"metrics": recent})
+            raise Preempted(f"asked to end by SIGTERM: saved iteration {iteration}, the same command continues")
+        phase = phase_at(
+            stages,
+            iteration,
+            tangent_warmup=config.loss.tangent_warmup,
+            student_update_freq=config.loss.student_update_freq,
+        )
+        batch = next(batches)
+        report_bad_records(batch, bad_records)
+        batch = to_mesh(batch, mesh)
+        state, metrics = take_step(state, batch, phase)
+        window.append(metrics)
+        iteration += 1
+        trouble = guard.judge(iteration, batch, metrics, last=iteration == total)
+        if trouble:
+            keep_batch(trouble, workdir)
+            may_go_back = rollbacks < config.faults.rollbacks and not trouble.is_data
+            restored = checkpoints.roll_back(trouble.sound, abstract, trouble.reason) if may_go_back else None
+            if restored is None:
                 checkpoints.save_and_wait(iteration, state, batches, {"metrics": recent})
-                raise Preempted(f"asked to end by SIGTERM: saved iteration {iteration}, the same command continues")
-            phase = phase_at(
-                stages,
-                iteration,
-                tangent_warmup=config.loss.tangent_warmup,
-                student_update_freq=config.loss.student_update_freq,
-            )
-            batch = next(batches)
-            report_bad_records(batch, bad_records)
-            batch = to_mesh(batch, mesh)
-            state, metrics = take_step(state, batch, phase)
-            window.append(metrics)
-            iteration += 1
-            trouble = guard.judge(iteration, batch, metrics)
-            if iteration == total:
-                trouble = trouble or guard.judge_last()
-            if trouble:
-                keep_batch(trouble, workdir)
-                restored = None
-                if rollbacks < config.faults.rollbacks and not trouble.is_data:
-                    restored = checkpoints.roll_back(trouble.sound, abstract, trouble.reason)
-                if restored is None:
-                    checkpoints.save_and_wait(iteration, state, batches, {"metrics": recent})
-                    raise Halted(f"iteration {trouble.iteration}: {trouble.reason}; its batch lies in {workdir}/halted")
-                (iteration, state), window, rollbacks = restored, [], rollbacks + 1
-                guard = create_guard(config, skipped=int(state.skipped))
-                records.roll_back(iteration)
-                records.say(f"rolled back to iteration {iteration}, the data go on: {trouble.reason}")
-                continue
-            if iteration % config.log.every == 0 or iteration == total:
-                recent = window_means(jax.device_get(window))
-                records.write(iteration, recent)
-                window = []
-            if config.log.sample_every and iteration % config.log.sample_every == 0:
-                record_samples(records, iteration, sample, state.ema, source, config.log.samples)
-            checkpoints.save(iteration, state, batches, {"metrics": recent})
-        checkpoints.save_and_wait(total, state, batches, {"metrics": recent})
-        export(config, state, workdir)
+                raise Halted(f"iteration {trouble.iteration}: {trouble.reason}; its batch lies in {workdir}/halted")
+            (iteration, state), window, rollbacks = restored, [], rollbacks + 1
+            guard.start(skipped=int(state.skipped))
+            records.roll_back(iteration)
+            records.say(f"rolled back to iteration {iteration}, the data go on: {trouble.reason}")
+            continue
+        if iteration % config.log.every == 0 or iteration == total:
+            recent = window_means(jax.device_get(window))
+            records.write(iteration, recent)
+            window = []
+        if config.log.sample_every and iteration % config.log.sample_every == 0:
+            record_samples(records, iteration, sample, state.ema, source, config.log.samples)
+        checkpoints.save(iteration, state, batches, {"metrics": recent})
+    checkpoints.save_and_wait(total, state, batches, {"metrics": recent})
+    export(config, state, workdir)
     checkpoints.close()
     records.close()
     return state
@@ -154,7 +161,7 @@ def create_guard(config: ConfigDict, skipped: int) -> Guard:
 def report_bad_records(batch: dict[str, np.ndarray], known: set[str]) -> None:
     """Says on stderr which records of this process' rows were left out and why, each once; `known` remembers them."""
     for reason in set(batch["reason"].tolist()) - known - {""}:
-        print(f"left out: {reason}", file=sys.stderr, flush=True)
+        warn(f"left out: {reason}")
         known.add(reason)
 
 
@@ -354,5 +361,5 @@ def export(config: ConfigDict, state: TrainState, workdir: Path) -> None:
     """Writes student.safetensors and ema.safetensors, float32, by Wan's tensor names."""
     metadata = {"model": config.model.preset, "stages": config.stages, "iteration": str(int(state.iteration))}
     for name, params in (("student", state.student), ("ema", state.ema)):
-        tensors = wan_tensors(params, PRESETS[config.model.preset])
+        tensors = wan_tensors(jax.tree.map(on_host, params), PRESETS[config.model.preset])
         export_safetensors(workdir / f"{name}.safetensors", tensors, metadata | {"parameters": name})

@@ -10,6 +10,7 @@ from rcm_jax.config import UserError
 
 LENGTH = 8
 DIM = 32
+LONGEST_PROMPT = 4096  # characters
 
 
 def encode(prompts: Sequence[str], *, length: int = LENGTH, dim: int = DIM) -> Float[np.ndarray, "b s d"]:
@@ -19,11 +20,15 @@ def encode(prompts: Sequence[str], *, length: int = LENGTH, dim: int = DIM) -> F
     Words are split at white space and lower-cased.
 
     Raises:
-        UserError: a prompt has more than `length` words.
+        UserError: a prompt has more than `length` words or LONGEST_PROMPT characters.
     """
     text_BSD = np.zeros((len(prompts), length, dim), np.float32)
     vectors = {}
     for row, prompt in enumerate(prompts):
+        if len(prompt) > LONGEST_PROMPT:
+            raise UserError(
+                f"{prompt[:30]!r}... has {len(prompt):,} characters, at most {LONGEST_PROMPT:,} fit: shorten it"
+            )
         words = prompt.lower().split()
         if len(words) > length:
             raise UserError(f"{prompt!r} has {len(words)} words, at most {length} fit: shorten it or raise length")

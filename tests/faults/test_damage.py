@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from rcm_jax import integrity
+from rcm_jax import checkpoint, integrity
 from rcm_jax.checkpoint import Checkpoints
 from rcm_jax.config import UserError
 
@@ -144,6 +144,22 @@ def test_where_every_checkpoint_is_damaged_a_run_does_not_start_anew(checkpoints
         with pytest.raises(UserError, match="holds damaged checkpoints and no sound one: use another directory"):
             checkpoints.restore(state, None)
     assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["1.damaged", "2.damaged"]
+
+
+@pytest.mark.parametrize(
+    "error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), MemoryError(), PermissionError(13, "no")]
+)
+def test_devices_too_small_or_a_missing_right_are_no_damage(checkpoints: Checkpoints, state, error, monkeypatch):
+    def fail(*args: object):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_read_arrays", fail)
+        with pytest.raises(type(error)):
+            checkpoints.restore(state, None)
+    restored = checkpoints.restore(state, None)
+    assert restored is not None
+    assert restored[0] == 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "bool", "float8_e4m3fn"])

@@ -1,5 +1,7 @@
-"""A run that was asked to end, was killed or lost a process goes on, by the same command, as if it had not."""
+"""A run that was asked to end, was killed or hung goes on, by the same command, as if it had not."""
 
+import os
+import shutil
 import signal
 import socket
 
@@ -10,7 +12,7 @@ from rcm_jax.checkpoint import load_safetensors
 
 PREEMPTED = 75
 TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "2"}
-EVERY = "checkpoint.every=10"  # processes wait for each other at every save
+SHARDED = ("mesh.fsdp=2", "checkpoint.every=10")  # processes wait for each other at every save
 
 
 def writes(run):
@@ -54,14 +56,19 @@ def test_sigterm_saves_and_a_kill_during_a_save_loses_nothing(undisturbed, make_
     run.assert_ends_as(undisturbed)
 
 
-def start_two(run):
+def start_two(run, *overrides):
     """Two processes of one device each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     return [
-        run.start(EVERY, words=("--distributed",), environment=shared | {"JAX_PROCESS_ID": str(index)})
+        run.start(
+            *SHARDED,
+            *overrides,
+            words=("--distributed",),
+            environment=shared | {"JAX_PROCESS_ID": str(index)},
+        )
         for index in range(2)
     ]
 
@@ -69,13 +76,13 @@ def start_two(run):
 @pytest.fixture(scope="module")
 def on_two_devices(make_run):
     run = make_run("two_devices")
-    process = run.start(EVERY, environment=TWO_DEVICES)
+    process = run.start(*SHARDED, environment=TWO_DEVICES)
     assert process.wait() == 0, process.output
     return run
 
 
 def test_two_processes_end_together_and_one_goes_on_alone(on_two_devices, make_run):
-    """SIGTERM to one; then one is killed; then a single process with as many devices ends the run."""
+    """SIGTERM to one; then one hangs; then a single process with as many devices ends the run."""
     run = make_run("two_processes")
     first, second = start_two(run)
     first.wait_until(lambda: 10 in run.saved())
@@ -86,12 +93,17 @@ def test_two_processes_end_together_and_one_goes_on_alone(on_two_devices, make_r
     for process in (first, second):
         assert f"saved iteration {ended_at}, the same command continues" in process.output
 
-    first, second = start_two(run)
-    first.wait_until(lambda: run.saved()[-1] > ended_at)
-    second.send_signal(signal.SIGKILL)
-    assert first.wait() not in (0, PREEMPTED)
+    first, second = start_two(run, "faults.hang_seconds=30")  # more than a start needs
+    first.wait_until(lambda: f"iter {ended_at + 1:2}/40" in first.output)
+    second.send_signal(signal.SIGSTOP)
+    assert first.wait() == 1, first.output
+    assert "Timeout (0:00:30)!" in first.output
+    assert first.output.count("hread 0x") >= 2
+    assert "rcm_jax/train.py" in first.output
+    second.send_signal(signal.SIGCONT)
+    assert second.wait() not in (0, PREEMPTED)
 
-    process = run.start(EVERY, environment=TWO_DEVICES)
+    process = run.start(*SHARDED, environment=TWO_DEVICES)
     assert process.wait() == 0, process.output
     run.assert_ends_as(on_two_devices)
 
@@ -101,3 +113,14 @@ def test_another_mesh_changes_no_more_than_rounding(on_two_devices, undisturbed)
     one, two = (load_safetensors(run.workdir / "ema.safetensors")[0] for run in (undisturbed, on_two_devices))
     for name, tensor in one.items():
         assert np.linalg.norm(tensor - two[name]) <= 1e-3 * np.linalg.norm(tensor), name
+
+
+def test_a_hang_becomes_an_exit_with_every_threads_stack(make_run, folder, tmp_path):
+    """The data set's file is a pipe that nobody writes to: who opens it waits for ever, as on a dead file server."""
+    data = shutil.copytree(folder / "digits" / "first_2" / "1.0.0", tmp_path / "data")
+    (shard,) = data.glob("*-train*")
+    shard.unlink()
+    os.mkfifo(shard)
+    output = make_run("hung").finish(f"data.name={data}", "faults.hang_seconds=5", code=1)
+    assert "Timeout (0:00:05)!" in output
+    assert "in open_source" in output or "in first_sound" in output

@@ -1,0 +1,167 @@
+"""Feeds what a user or an accident may feed: every input is read, or refused by one UserError of one line.
+
+    python -m benchmarks.fuzz --examples=100000 --out=benchmarks/results/fuzz.json
+
+For overrides of the config, prompts, prompt files and safetensors files, hypothesis makes that many inputs each. Any
+other exception, a message of several lines or of more than a few screens, or a file left behind ends it with the
+smallest input that shows the fault.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from launch.sample import read_prompts
+from rcm_jax import media
+from rcm_jax.checkpoint import load_safetensors
+from rcm_jax.config import LONGEST_MESSAGE, UserError, load
+from rcm_jax.data import text
+
+RECIPE = Path(__file__).parent.parent / "configs" / "digits_rcm.py"
+SOUND = safetensors.numpy.save(
+    {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(0, np.int8)}, {"m": "x"}
+)
+
+words = st.text(max_size=30) | st.sampled_from(
+    ["none", "True", "1e400", "nan", "-0", "9" * 5000, "(" * 200, "()", "{}"]
+)
+likely = st.sampled_from(["1", "8", "0.5", "true", "none", "float32", "(1.0, 0.5)", "scm:3,rcm:5", "a/path"])
+numbers = st.integers().map(str) | st.floats().map(str)
+tuples = st.recursive(
+    numbers, lambda inner: st.lists(inner, max_size=4).map(lambda x: f"({','.join(x)},)"), max_leaves=8
+)
+stages = st.lists(
+    st.tuples(st.sampled_from(["scm", "dcm", "dmd", "rcm", "flow_matching", "", "x"]), numbers | words), max_size=4
+).map(lambda pairs: ",".join(f"{loss}:{count}" for loss, count in pairs))
+
+
+sizes = st.lists(st.integers(-1, 40) | st.sampled_from([2**31, 2**62, 2**64]), max_size=3)
+dtypes = st.sampled_from(["F32", "F64", "BF16", "F16", "I64", "BOOL", "U8", "F8_E4M3", "F4", "C64", "X", 3])
+entries = st.fixed_dictionaries(
+    {}, optional={"dtype": dtypes, "shape": sizes | words, "data_offsets": sizes | words, "extra": words}
+)
+
+
+@st.composite
+def overrides(draw: st.DrawFn) -> str:
+    """KEY=VALUE with a key that exists, or nearly, and any value."""
+    known = draw(st.sampled_from(KEYS))
+    key = draw(st.sampled_from([*5 * [known], known[:-1], known.partition(".")[0]]) | words)
+    return (
+        key + draw(st.sampled_from([*5 * ["="], "", "=="])) + draw(likely | likely | numbers | tuples | stages | words)
+    )
+
+
+@st.composite
+def safetensors_files(draw: st.DrawFn) -> bytes:
+    """A sound file with another length, another header, other bytes or an early end; or bytes at random."""
+    header = json.loads(SOUND[8 : 8 + int.from_bytes(SOUND[:8], "little")])
+    for entry in draw(st.lists(st.sampled_from(sorted(header)), max_size=2, unique=True)):
+        header[entry] = draw(entries.map(header[entry].__or__) | words)
+    coded = json.dumps(header).encode()
+    length = draw(mostly(len(coded), st.integers(0, 2**64 - 1) | st.integers(0, 300)))
+    data = bytearray(length.to_bytes(8, "little") + coded + SOUND[-24:])
+    for place, value in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=2)):
+        data[place] = value
+    data = bytes(data[: draw(mostly(len(data), st.integers(0, len(data))))])
+    return draw(mostly(data, st.binary(max_size=60)))
+
+
+def mostly(value: Any, others: st.SearchStrategy) -> st.SearchStrategy:
+    """The value, four times in five."""
+    return st.sampled_from([*4 * [st.just(value)], others]).flatmap(lambda chosen: chosen)
+
+
+def flat(config: dict, prefix: str = "") -> list[str]:
+    """The dotted keys of a config."""
+    keys = [
+        flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key] for key, value in config.items()
+    ]
+    return [key for group in keys for key in group]
+
+
+KEYS = flat(load(RECIPE).to_dict())
+
+
+def read_override(override: str, folder: Path) -> None:
+    load(RECIPE, [override])
+
+
+def read_prompt(prompt: str, folder: Path) -> None:
+    text.encode([prompt])
+
+
+def read_prompt_file(data: bytes, folder: Path) -> None:
+    (folder / "input").write_bytes(data)
+    read_prompts(str(folder / "input"))
+
+
+def read_safetensors(data: bytes, folder: Path) -> None:
+    (folder / "input").write_bytes(data)
+    tensors, _ = load_safetensors(folder / "input")
+    assert sum(tensor.nbytes for tensor in tensors.values()) <= len(data)
+
+
+TARGETS: dict[str, tuple[Callable, st.SearchStrategy]] = {
+    "config overrides": (read_override, overrides()),
+    "prompts": (read_prompt, st.text() | st.text(max_size=5).map(lambda part: part * 5000)),
+    "prompt files": (read_prompt_file, st.binary() | st.text().map(str.encode)),
+    "safetensors files": (read_safetensors, safetensors_files()),
+}
+
+
+def main() -> None:
+    """Fuzzes every target and prints how many inputs were read and how many refused."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=100_000, metavar="N", help="inputs of each kind")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a JSON file for the result")
+    arguments = parser.parse_args()
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, jax {jax.__version__}"
+    )
+    result = {"machine": machine} | {name: fuzz(*target, arguments.examples) for name, target in TARGETS.items()}
+    print(json.dumps(result, indent=2))
+    if arguments.out:
+        media.write_file(arguments.out, json.dumps(result, indent=2).encode() + b"\n")
+
+
+def check_message(message: str) -> None:
+    """Fails unless it is one line of a length to be read."""
+    assert message.isprintable()
+    assert len(message) <= LONGEST_MESSAGE + len(" ... ")
+
+
+def fuzz(read: Callable, inputs: st.SearchStrategy, examples: int) -> dict[str, int]:
+    """Reads so many inputs; returns how many were read and refused, and the seconds it took."""
+    counts, began = {"read": 0, "refused": 0}, time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+
+        @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(inputs)
+        def check(value: str | bytes) -> None:
+            try:
+                read(value, Path(folder))
+                counts["read"] += 1
+            except UserError as refusal:
+                counts["refused"] += 1
+                check_message(str(refusal))
+            assert set(os.listdir(folder)) <= {"input"}
+
+        check()
+    return counts | {"seconds": round(time.monotonic() - began)}
+
+
+if __name__ == "__main__":
+    main()
