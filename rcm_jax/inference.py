@@ -103,8 +103,9 @@ def read_embeddings(path: Path, config: Config) -> dict[str, np.ndarray]:
     """
     tensors, _ = load_safetensors(path)
     shape = (config.text_length, config.text_dim)
-    faults = [name for name, tensor in tensors.items() if tensor.shape[-2:] != shape or tensor.ndim > 3]
-    if "text" not in tensors or tensors.keys() - {"text", "negative"} or faults:
+    axes = {"text": (2, 3), "negative": (2,)}
+    faults = [name for name, a in tensors.items() if a.ndim not in axes.get(name, ()) or a.shape[-2:] != shape]
+    if "text" not in tensors or faults:
         found = ", ".join(f"{name} {tensor.shape}" for name, tensor in tensors.items())
         raise UserError(f"{path} holds {found}: it must hold `text`, and may hold `negative`, each of shape {shape}")
     embedded = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from benchmarks import sampling as benchmark
 from launch import sample
 from rcm_jax import inference, media, published, sampling
+from rcm_jax.config import UserError
 from rcm_jax.convert import cosmos as cosmos_names
 from rcm_jax.convert import wan as wan_names
 from rcm_jax.convert.clip import clip_table
@@ -262,6 +263,7 @@ V2W = ["--model=cosmos-predict2-v2w", "--dit=a", "--vae=b", "--prompt=a cat"]
     [
         (["--prompt=a"], "name what to sample: either --config FILE, a recipe, or --model NAME"),
         (["--config=configs/digits_rcm.py", "--vae=b"], "--vae belongs to --model"),
+        (["--model=wan2.1-t2v", "--config.seed=1"], "--config.seed=1 changes a recipe: name it with --config=FILE"),
         (["--model=wan3", "--dit=a", "--vae=b"], "--model wan3 has no published settings"),
         (T2V[:1], "needs --dit PATH"),
         (T2V[:-1], "there is no caption: give --prompt TEXT or --prompt-file FILE"),
@@ -291,6 +293,17 @@ def test_a_mistake_is_one_line_and_nothing_is_written(words, message, tmp_path, 
     assert (exit_.value.code, error.count("\n")) == (2, 1)
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [{}, {"text": (8, 16)}, {"text": (512, 16), "negative": (1, 512, 16)}, {"text": (512, 16), "x": (512, 16)}],
+)
+def test_embeddings_that_do_not_fit_are_refused(shapes, tmp_path):
+    path = tmp_path / "texts.safetensors"
+    save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, path)
+    with pytest.raises(UserError, match=r"it must hold `text`, and may hold `negative`, each of shape \(512, 16\)"):
+        inference.read_embeddings(path, WAN)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, parts, capsys):
