@@ -59,7 +59,8 @@ def attention(
       scale: factor of the logits; 1 / sqrt(head dim) if None.
       implementation: "auto" chooses by the default device, dtype and shape. Or one of: "mosaic_gpu" (NVIDIA Hopper;
         bfloat16, head dim up to 128), "cudnn" (NVIDIA GPUs; bfloat16 and float16, no tangent), "mosaic_tpu" (TPUs; no
-        float64), "portable" (plain JAX, any device), "reference" (quadratic memory, for tests).
+        float64; on a mesh, inside `jax.shard_map`), "portable" (plain JAX, any device), "reference" (quadratic memory,
+        for tests).
       mode: how the result may be differentiated. "reverse": `jax.grad`, `jax.vjp`; no `jax.jvp`. "forward": `jax.jvp`,
         and `jax.grad` of the primal output of `jax.jvp`; no other `jax.grad`. There the tangent is a constant: where
         it is differentiated after all, gradients are NaN.

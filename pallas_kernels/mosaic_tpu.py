@@ -28,13 +28,14 @@ Arithmetic, head dim 128 in bfloat16, one TensorCore (rates as in `pltpu.get_tpu
     (2 MiB each): 16.5 MiB, and dq, 512 bytes a row: 16 MiB for 32,760 queries, 37 MiB for 75,600.
   - Matrix unit. One 256 wide is half idle in q k^T, 128 deep, and in p v, 128 wide: at most 50% of the peak. With the
     tangent, [tq, q] [k, tk]^T is 256 deep and p [v, tv] 256 wide: 6 of 8 parts, 75%. Head dim 64 gains likewise.
-  - Schedule. Instruction bundles for one tile as libtpu 0.0.42 schedules them, the fewest that its matrix instructions
-    need, and their ratio; no other unit is as full. Outside are 150 to 250 bundles a tile.
+  - Schedule. `python -m benchmarks.attention_tpu` reads from libtpu how many instruction bundles a tile takes, and what
+    share of them its matrix instructions fill. No other unit is as full in any of them. Each tile costs another 150
+    to 250 bundles, the reason for 1024 rows rather than 512.
 
-                       v5e                 v5p                v6e                v7x
-    value         4368  3666 84%      4436  3721 84%     2953 1943 66%      3064 1951 64%
-    tangent      12068 11164 92%     12068 11164 92%     5391 3976 74%      5758 3923 68%
-    gradient      9139  8896 97%      8999  8756 97%     5334 5011 94%      5369 5001 93%
+                       v5e          v5p          v6e          v7x
+    value           4369 84%     4437 84%     2953 66%     3065 64%
+    with tangent   12204 92%    11942 91%     5378 74%     5714 69%
+    gradient        9140 97%     9000 97%     5335 94%     5370 93%
 
 The splash kernel that comes with JAX computes value and gradient only, for lengths that its blocks divide. Which of the
 two is faster can only be measured on a TPU; with one set of kernels there is one numerical scheme to trust.

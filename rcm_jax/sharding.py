@@ -3,7 +3,9 @@
 Two axes: `data` replicates the parameters, `fsdp` shards them; a batch is cut over both.
 """
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,6 +55,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of an array whose leading axis is the batch."""
     return NamedSharding(mesh, BATCH)
+
+
+def split_over_batch(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function` of arrays whose leading axis is the batch, each device of the mesh taking its part of it.
+
+    For kernels, which XLA cannot split. Where the batch does not divide, every device takes it whole.
+    """
+
+    def run(*arrays: jax.Array, **options: Any) -> Any:
+        spec = BATCH if len(arrays[0]) % mesh.size == 0 else PartitionSpec()
+        split = functools.partial(function, **options)
+        return jax.shard_map(split, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+
+    return run
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:

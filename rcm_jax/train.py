@@ -22,7 +22,7 @@ from rcm_jax.data import digits, pipeline, text
 from rcm_jax.generation import Sampler, student_sampler
 from rcm_jax.guard import Guard, Trouble
 from rcm_jax.lifetime import termination_notice, watchdog
-from rcm_jax.models.blocks import Remat
+from rcm_jax.models.blocks import WHOLE, AttentionOps, Remat
 from rcm_jax.models.functional import Network, functional
 from rcm_jax.models.wan import PRESETS, Wan
 from rcm_jax.records import RunRecords, warn, write_run_info
@@ -77,7 +77,7 @@ def _train(
         process_count=jax.process_count(),
     )
 
-    network = create_network(config)
+    network = create_network(config, mesh)
     optimizers = create_optimizers(config)
     abstract = abstract_state(config, network, optimizers, mesh)
     negative = negative_text(config, text_shape)
@@ -171,14 +171,19 @@ def keep_batch(trouble: Trouble, workdir: Path) -> None:
     export_safetensors(path, trouble.batch, {"iteration": str(trouble.iteration), "reason": trouble.reason})
 
 
-def create_network(config: ConfigDict) -> Network:
-    """The network of the config's preset, as pure functions. Raises UserError for an unknown preset or remat policy."""
+def create_network(config: ConfigDict, mesh: Mesh | None = None) -> Network:
+    """The network of the config's preset, as pure functions, its attention split over the mesh, if there is one.
+
+    Raises UserError for an unknown preset or remat policy.
+    """
     if config.model.preset not in PRESETS:
         raise UserError(f"model.preset={config.model.preset!r} must be one of {', '.join(PRESETS)}")
     if config.model.remat not in get_args(Remat):
         raise UserError(f"model.remat={config.model.remat!r} must be one of {', '.join(get_args(Remat))}")
-    preset, dtype = PRESETS[config.model.preset], jnp.dtype(config.model.dtype)
-    return functional(lambda rngs: Wan(preset, dtype=dtype, remat=config.model.remat, rngs=rngs))
+    preset, dtype, ops = PRESETS[config.model.preset], jnp.dtype(config.model.dtype), WHOLE
+    if mesh is not None and mesh.size > 1:
+        ops = AttentionOps(*(sharding.split_over_batch(op, mesh) for op in WHOLE))
+    return functional(lambda rngs: Wan(preset, dtype=dtype, remat=config.model.remat, ops=ops, rngs=rngs))
 
 
 def load_params(path: str | Path, network: Network) -> Params:

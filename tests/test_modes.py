@@ -93,9 +93,9 @@ def value_and_tangent(case, params, *, mode):
     return jax.jvp(apply, (case.x, case.time), (x_tangent, time_tangent))
 
 
-def plain_blocks(block, params, x, time, text, *, mode, remat):
+def plain_blocks(block, params, x, time, text, *, mode, remat, ops):
     """blocks.run_blocks without its scan and derivative rules: a loop, and attention as its formula reads."""
-    del mode, remat
+    del mode, remat, ops
     attend = lambda q, k, v: reference.forward(q, k, v, scale=q.shape[-1] ** -0.5)[0]  # noqa: E731
     for layer in range(len(jax.tree.leaves(params)[0])):
         x = block(jax.tree.map(lambda leaf: leaf[layer], params), x, time, text, attend)  # noqa: B023

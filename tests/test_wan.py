@@ -99,9 +99,9 @@ def assert_close(ours, theirs, tolerance):
         assert np.linalg.norm(a - b) <= tolerance * max(np.linalg.norm(b), 1e-3 * whole)
 
 
-def plain_blocks(block, params, x, modulation, text, *, mode, remat):
+def plain_blocks(block, params, x, modulation, text, *, mode, remat, ops):
     """blocks.run_blocks without its scan and derivative rules: a loop, and attention as its formula reads."""
-    del mode, remat
+    del mode, remat, ops
     attend = lambda q, k, v: reference.forward(q, k, v, scale=q.shape[-1] ** -0.5)[0]  # noqa: E731
     for layer in range(CONFIG.layers):
         x = block(jax.tree.map(lambda leaf: leaf[layer], params), x, modulation, text, attend)  # noqa: B023

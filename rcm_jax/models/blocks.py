@@ -13,7 +13,7 @@ attention forward, and no tangent, runs again.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,16 @@ from pallas_kernels.refusals import forward_only
 Mode = Literal["reverse", "forward"]
 Remat = Literal["none", "block", "attention"]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class AttentionOps(NamedTuple):
+    """The two operations of pallas_kernels, or the same split over a mesh."""
+
+    attention: Callable[..., Any] = pallas_kernels.attention
+    given: Callable[..., jax.Array] = pallas_kernels.attention_given
+
+
+WHOLE = AttentionOps()
 
 ERROR_GRAD = (
     "mode='forward' pushes tangents of the latent and the time only; for a gradient outside jax.jvp, or with respect to"
@@ -47,23 +57,24 @@ def run_blocks(
     *,
     mode: Mode,
     remat: Remat,
+    ops: AttentionOps,
 ) -> jax.Array:
     """Applies the blocks whose parameters are stacked along the leading axis of every leaf of `params`.
 
     Raises ValueError for an unknown mode or remat policy, TypeError for a derivative `mode` does not serve.
     """
     if mode == "forward":
-        return _forward_mode(block)(params, x_BLD, modulation, text_BSD)
+        return _forward_mode(block, ops)(params, x_BLD, modulation, text_BSD)
     if mode == "reverse":
-        return _scan_blocks(block, params, x_BLD, modulation, text_BSD, remat)
+        return _scan_blocks(block, params, x_BLD, modulation, text_BSD, remat, ops)
     raise ValueError(
         f"{mode=} must be 'reverse' (values and gradients) or 'forward' (jax.jvp and gradients through it)"
     )
 
 
-def _scan_blocks(block, params, x, modulation, text, remat):
+def _scan_blocks(block, params, x, modulation, text, remat, ops):
     def step(x, layer_params):
-        return block(layer_params, x, modulation, text, pallas_kernels.attention), None
+        return block(layer_params, x, modulation, text, ops.attention), None
 
     return lax.scan(_checkpoint(step, remat), x, params)[0]
 
@@ -79,10 +90,10 @@ def _checkpoint(step, remat):
     raise ValueError(f"{remat=} must be 'none', 'block' (recompute all) or 'attention' (recompute all but attention)")
 
 
-def _forward_mode(block):
+def _forward_mode(block, ops):
     @jax.custom_jvp
     def stack(params, x, modulation, text):
-        return _scan_blocks(block, params, x, modulation, text, "none")
+        return _scan_blocks(block, params, x, modulation, text, "none", ops)
 
     def stack_jvp(primals, tangents):
         params, x, modulation, text = primals
@@ -104,7 +115,7 @@ def _forward_mode(block):
     def stack_with_tangent_fwd(params, x, x_t, modulation, modulation_t, text):
         def step(carry, layer_params):
             x, x_t = carry
-            f = _recording(block, layer_params, text)
+            f = _recording(block, layer_params, text, ops)
             y, y_t, kept = jax.jvp(f, (x, modulation), (x_t, modulation_t), has_aux=True)
             return (y, y_t), (x, kept)
 
@@ -118,7 +129,7 @@ def _forward_mode(block):
         def step(carry, layer):
             x_bar, modulation_bar, text_bar = carry
             layer_params, (x, attention) = layer
-            _, pull_back = jax.vjp(_replaying(block, attention), layer_params, x, modulation, text)
+            _, pull_back = jax.vjp(_replaying(block, attention, ops), layer_params, x, modulation, text)
             params_bar, x_bar, modulation_more, text_more = pull_back(x_bar)
             return (x_bar, modulation_bar + modulation_more, text_bar + text_more), params_bar
 
@@ -130,14 +141,14 @@ def _forward_mode(block):
     return stack
 
 
-def _recording(block, params, text):
+def _recording(block, params, text, ops):
     """(x, modulation) -> (block's output, the (out, lse) of each of its attention calls)."""
 
     def f(x, modulation):
         kept = []
 
         def attend(q, k, v):
-            out, lse = pallas_kernels.attention(q, k, v, mode="forward", return_lse=True)
+            out, lse = ops.attention(q, k, v, mode="forward", return_lse=True)
             kept.append((out, lse))
             return out
 
@@ -147,12 +158,12 @@ def _recording(block, params, text):
     return f
 
 
-def _replaying(block, attention):
+def _replaying(block, attention, ops):
     """The block with the results of its attention calls given, in the order they were recorded."""
 
     def f(params, x, modulation, text):
         given = iter(attention)
-        return block(params, x, modulation, text, lambda q, k, v: pallas_kernels.attention_given(q, k, v, *next(given)))
+        return block(params, x, modulation, text, lambda q, k, v: ops.given(q, k, v, *next(given)))
 
     return f
 

@@ -19,7 +19,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rcm_jax.models.blocks import Attend, Mode, Remat, run_blocks
+from rcm_jax.models.blocks import WHOLE, Attend, AttentionOps, Mode, Remat, run_blocks
 from rcm_jax.models.layers import (
     MLP,
     Rotary,
@@ -100,12 +100,21 @@ PRESETS = {
 class Cosmos(nnx.Module):
     """Predicts the rectified-flow velocity of a latent image or video from a caption and, for videos, given frames."""
 
-    def __init__(self, config: CosmosConfig, *, dtype: Any = jnp.float32, remat: Remat = "none", rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: CosmosConfig,
+        *,
+        dtype: Any = jnp.float32,
+        remat: Remat = "none",
+        ops: AttentionOps = WHOLE,
+        rngs: nnx.Rngs,
+    ):
         c = config
         patch_channels = math.prod(c.patch)
         self.config = config
         self.dtype = dtype
         self.remat: Remat = remat
+        self.ops = ops
         self.patch_embedding = linear(c.in_channels * patch_channels, c.dim, dtype, rngs, use_bias=False)
         self.time_embedding = MLP(c.dim, c.dim, 3 * c.dim, jnp.float32, rngs, activation=jax.nn.silu, use_bias=False)
         self.time_norm = rms_norm(c.dim, c.norm_eps, rngs)
@@ -150,7 +159,7 @@ class Cosmos(nnx.Module):
             return nnx.merge(graph, params)(x, time_BKM, text, rotary, attend)
 
         text_BSD = text_BSD.astype(self.dtype)
-        x_BLD = run_blocks(block, params, x_BLD, time_BKM, text_BSD, mode=mode, remat=self.remat)
+        x_BLD = run_blocks(block, params, x_BLD, time_BKM, text_BSD, mode=mode, remat=self.remat, ops=self.ops)
         (t, h, w), (kt, kh, kw) = grid, self.config.patch
         return rearrange(
             self.head(x_BLD, time_BKM),

@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rcm_jax.models.blocks import Attend, Mode, Remat, run_blocks
+from rcm_jax.models.blocks import WHOLE, Attend, AttentionOps, Mode, Remat, run_blocks
 from rcm_jax.models.layers import (
     MLP,
     Rotary,
@@ -99,12 +99,21 @@ PRESETS = {
 class Wan(nnx.Module):
     """Predicts the rectified-flow velocity of a latent video from a caption and, for some models, an image."""
 
-    def __init__(self, config: WanConfig, *, dtype: Any = jnp.float32, remat: Remat = "none", rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: WanConfig,
+        *,
+        dtype: Any = jnp.float32,
+        remat: Remat = "none",
+        ops: AttentionOps = WHOLE,
+        rngs: nnx.Rngs,
+    ):
         c = config
         patch_channels = math.prod(c.patch)
         self.config = config
         self.dtype = dtype
         self.remat: Remat = remat
+        self.ops = ops
         self.patch_embedding = linear(c.in_channels * patch_channels, c.dim, dtype, rngs)
         self.text_embedding = MLP(c.text_dim, c.dim, c.dim, dtype, rngs, activation=gelu_tanh)
         if c.image_tokens:
@@ -149,7 +158,9 @@ class Wan(nnx.Module):
             rotary = rotary_table(grid, self.config.head_dim)
             return nnx.merge(graph, params)(x, modulation, context, rotary, attend)
 
-        x_BLD = run_blocks(block, params, x_BLD, modulation_BK6D, context_BSD, mode=mode, remat=self.remat)
+        x_BLD = run_blocks(
+            block, params, x_BLD, modulation_BK6D, context_BSD, mode=mode, remat=self.remat, ops=self.ops
+        )
         (t, h, w), (kt, kh, kw) = grid, self.config.patch
         return rearrange(
             self.head(x_BLD, time_BKD),
