@@ -71,7 +71,7 @@ def test_euler_of_cosmos():
     steps, guidance = 35, 7.0
     scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
     scheduler.register_to_config(sigma_max=80.0, sigma_min=0.002)
-    scheduler.set_timesteps(sigmas=torch.linspace(0, 1, steps, dtype=torch.float64))
+    scheduler.set_timesteps(sigmas=np.linspace(0, 1, steps))
     x = 80.0 * torch.from_numpy(np.array(sampling.sample_noise(SEEDS, SHAPE, 0)))
     for sigma, time in zip(scheduler.sigmas, scheduler.timesteps, strict=False):
         s = sigma / (1 + sigma)
