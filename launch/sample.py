@@ -1,4 +1,4 @@
-"""Generates videos and images from captions: of a published model, or of a recipe's teacher or student.
+r"""Generates videos and images from captions: of a published model, or of a recipe's teacher or student.
 
     python -m launch.sample --model=wan2.1-t2v-1.3b --dit=student.pth --vae=Wan2.1_VAE.pth \
         --text-encoder=models_t5_umt5-xxl-enc-bf16.pth --tokenizer=google/umt5-xxl \
@@ -63,27 +63,28 @@ def main(argv: list[str] | None = None) -> None:
 def _add_model_options(command: ArgumentParser) -> list[str]:
     """Adds what only published models take; returns the names."""
     group = command.add_argument_group("published models")
-    for name, metavar, text in (
-        ("vae", "PATH", "the autoencoder"),
-        ("text-encoder", "PATH", "umT5-xxl for Wan, T5-11B for Cosmos-Predict2"),
-        ("tokenizer", "PATH", "its tokenizer.json or spiece.model, or a folder with one"),
-        ("image-encoder", "PATH", "CLIP, for Wan2.1 image-to-video"),
-        ("embeddings", "FILE", "safetensors with `text`, and `negative`, in the place of captions"),
-        ("image", "FILE", "the first frame"),
-        ("negative", "TEXT", "the caption to go away from"),
-        ("guidance", "X[,X]", "strength, 1 is none; for high and for low noise where a model has two networks"),
-        ("size", "WxH", f"or {', '.join(RESOLUTIONS)}, which with an image are areas: the shape is the image's"),
-        ("dtype", "NAME", "bfloat16 (default) or float32"),
-    ):
-        paths = ("PATH", "FILE")
-        group.add_argument(f"--{name}", metavar=metavar, type=Path if metavar in paths else str, help=text)
-    group.add_argument("--frames", type=int, metavar="N", help="1 + a multiple of 4; 1 makes a picture")
-    group.add_argument("--fps", type=int, metavar="N", help="frames a second")
-    group.add_argument("--shift", type=float, metavar="X", help="of a teacher's times towards noise")
-    group.add_argument("--sigma-max", type=float, metavar="X", help="noise level at which a distilled model starts")
-    group.add_argument("--mid-times", metavar="T,T", help="TrigFlow times of a distilled model's later steps")
-    group.add_argument("--tile", action="store_true", default=None, help="decode in overlapping tiles: less memory")
-    return [action.dest for action in group._group_actions]
+    actions = [
+        group.add_argument(f"--{name}", metavar=metavar, type=type_, help=text)
+        for name, metavar, type_, text in (
+            ("vae", "PATH", Path, "the autoencoder"),
+            ("text-encoder", "PATH", Path, "umT5-xxl for Wan, T5-11B for Cosmos-Predict2"),
+            ("tokenizer", "PATH", Path, "its tokenizer.json or spiece.model, or a folder with one"),
+            ("image-encoder", "PATH", Path, "CLIP, for Wan2.1 image-to-video"),
+            ("embeddings", "FILE", Path, "safetensors with `text`, and `negative`, in the place of captions"),
+            ("image", "FILE", Path, "the first frame"),
+            ("negative", "TEXT", str, "the caption to go away from"),
+            ("guidance", "X[,X]", str, "strength, 1 is none; of two networks the one for high noise first"),
+            ("size", "WxH", str, f"or {', '.join(RESOLUTIONS)}, with an image areas: the shape is the image's"),
+            ("frames", "N", int, "1 + a multiple of 4; 1 makes a picture"),
+            ("fps", "N", int, "frames a second"),
+            ("shift", "X", float, "of a teacher's times towards noise"),
+            ("sigma-max", "X", float, "noise level at which a distilled model starts"),
+            ("mid-times", "T,T", str, "TrigFlow times of a distilled model's later steps"),
+            ("dtype", "NAME", str, "bfloat16 (default) or float32"),
+        )
+    ]
+    tile = group.add_argument("--tile", action="store_true", default=None, help="decode in tiles: less memory")
+    return [action.dest for action in (*actions, tile)]
 
 
 def _sample_recipe(config: ConfigDict, arguments: Namespace) -> None:

@@ -317,5 +317,5 @@ def decode(
     apply = functools.partial(apply, tiling=Tiling()) if tiled else jax.jit(apply)
     with on_device(autoencoder.decoder) as params:
         for latent_THWC in tqdm(latents, "decoding", unit="video", disable=None):
-            video_THWC = apply(params, latent_THWC[None])[0]
+            video_THWC = apply(params, jnp.asarray(latent_THWC[None]))[0]
             yield np.asarray(jnp.round((video_THWC + 1.0) * 127.5).astype(jnp.uint8))
