@@ -317,8 +317,17 @@ class Command(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, ConfigDict]:
         """Reads --config=FILE, any --config.KEY=VALUE and the options added before, of `argv` or this process's own."""
+        arguments, config = self._parse(argv, required=True)
+        assert config is not None
+        return arguments, config
+
+    def parse_optional(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, ConfigDict | None]:
+        """As `parse`, but the recipe may be left out."""
+        return self._parse(argv, required=False)
+
+    def _parse(self, argv: Sequence[str] | None, *, required: bool) -> tuple[argparse.Namespace, ConfigDict | None]:
         self.add_argument(
-            "--config", metavar="FILE", required=True, help="the recipe, for example configs/digits_rcm.py"
+            "--config", metavar="FILE", required=required, help="the recipe, for example configs/digits_rcm.py"
         )
         self.add_argument("--config.KEY", metavar="VALUE", help="changes one value of the recipe; may be repeated")
         rest, overrides = [], []
@@ -331,7 +340,9 @@ class Command(argparse.ArgumentParser):
                 rest.append(word)
         arguments = self.parse_args(rest)
         with self.reports_user_errors():
-            return arguments, load(arguments.config, overrides)
+            if arguments.config is None and overrides:
+                raise UserError(f"--config.{overrides[0]} changes a recipe: name it with --config=FILE")
+            return arguments, load(arguments.config, overrides) if arguments.config is not None else None
 
     @contextlib.contextmanager
     def reports_user_errors(self) -> Iterator[None]:

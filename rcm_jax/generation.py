@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -33,14 +33,24 @@ def student_sampler(
 
 
 def teacher_sampler(
-    config: ConfigDict, network: Network, latent_shape: tuple[int, ...], negative: jax.Array
+    config: ConfigDict,
+    network: Network,
+    latent_shape: tuple[int, ...],
+    negative: jax.Array,
+    *,
+    steps: int | None = None,
+    method: Literal["euler", "unipc"] = "euler",
 ) -> Sampler:
-    """Euler's method with guidance, as the config's sampling and teacher say."""
-    times = sampling.euler_times(config.sampling.teacher_steps, shift=config.sampling.teacher_shift)
+    """Euler's method or UniPC with guidance, as the config's sampling and teacher say."""
+    integrate, choose_times = {
+        "euler": (sampling.euler, sampling.euler_times),
+        "unipc": (sampling.unipc, sampling.unipc_times),
+    }[method]
+    times = choose_times(steps or config.sampling.teacher_steps, shift=config.sampling.teacher_shift)
 
     def sample(params: Any, text_BSD: jax.Array, seeds_B: jax.Array) -> jax.Array:
         velocity = guided(network.apply, params, text_BSD, negative, config.teacher.guidance)
-        return sampling.euler(rf_velocity(velocity), seeds_B, latent_shape, times.tolist())
+        return integrate(rf_velocity(velocity), seeds_B, latent_shape, times.tolist())
 
     return jax.jit(sample)
 

@@ -15,7 +15,9 @@ from av.error import FFmpegError
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from jaxtyping import UInt8
 from numpy.typing import ArrayLike
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+
+from rcm_jax.config import UserError
 
 TEXT = (32, 33, 36)
 MUTED = (95, 99, 104)
@@ -147,6 +149,24 @@ def read_metadata(path: str | Path) -> dict:
     except json.JSONDecodeError:  # a comment that another program wrote
         return {}
     return metadata if isinstance(metadata, dict) else {}
+
+
+def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture's RGB, turned as its camera says; transparent parts show what lies under them.
+
+    Raises UserError for a file that is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as a picture ({error}): give a PNG or JPEG file") from None
+
+
+def cover(image_HWC: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "y x 3"]:
+    """The middle of a picture, resized to fill `size` (width, height) without being stretched."""
+    picture = ImageOps.fit(Image.fromarray(image_HWC), size, Image.Resampling.LANCZOS)
+    return np.asarray(picture)
 
 
 def write_grid(

@@ -63,7 +63,8 @@ def test_every_imported_package_is_required():
         known = known | parity if path.is_relative_to(ROOT / "tests" / "parity") else known
         modules = {module.partition(".")[0] for module in imports(path)}
         tests = {test.stem for test in SOURCES}  # those on a GPU build on others
-        for module in modules - set(sys.stdlib_module_names) - set(PACKAGES) - OPTIONAL - tests:
+        own = {*PACKAGES, "benchmarks"}
+        for module in modules - set(sys.stdlib_module_names) - own - OPTIONAL - tests:
             providers = {normalised(provider) for provider in distributions.get(module, [module])}
             assert providers & known, f"{name(path)} imports {module}, which no requirements file lists"
 

@@ -110,7 +110,7 @@ def test_samples_are_videos_that_tell_how_they_were_made(killed_and_resumed, fol
     assert all(str(path) in output for path in paths)
     for path, seed in zip(paths, (0, 7), strict=True):
         metadata = media.read_metadata(path)
-        settings = {"prompt": prompt, "seed": seed, "steps": 1, "kind": "sde", "weights": str(weights)}
+        settings = {"prompt": prompt, "seed": seed, "steps": 1, "sampler": "few-step-sde", "dit": str(weights)}
         assert {name: metadata[name] for name in settings} == settings
     assert paths[0].read_bytes() != paths[1].read_bytes()
 
@@ -172,12 +172,12 @@ def test_a_mistake_in_the_recipe_is_one_line_and_nothing_is_written(
     ("words", "message"),
     [
         (["--weights=absent.safetensors", "--prompt=a three moving up"], "absent.safetensors is not a file"),
-        (["--prompt=a three moving up"], "a student needs --weights FILE"),
-        (["--teacher"], "there is no caption: give --prompt TEXT or --prompt_file FILE"),
-        (["--teacher", "--prompt=a", "--seeds=one"], "--seeds one must be integers"),
-        (["--teacher", "--prompt=a", "--seeds=-1"], "--seeds -1 must lie between 0 and"),
-        (["--teacher", "--prompt_file=absent.txt"], "--prompt_file absent.txt cannot be read"),
-        (["--teacher", "--prompt=" + "long " * 9], "has 9 words, at most 8 fit"),
+        (["--prompt=a three moving up"], "a student needs --dit PATH"),
+        (["--sampler=euler"], "there is no caption: give --prompt TEXT or --prompt-file FILE"),
+        (["--sampler=euler", "--prompt=a", "--seeds=one"], "--seeds one must be integers"),
+        (["--sampler=euler", "--prompt=a", "--seeds=-1"], "--seeds -1 must lie between 0 and"),
+        (["--sampler=euler", "--prompt-file=absent.txt"], "--prompt-file absent.txt cannot be read"),
+        (["--sampler=euler", "--prompt=" + "long " * 9], "has 9 words, at most 8 fit"),
         (
             ["--weights=rcm_jax/assets/digits_teacher.safetensors", "--prompt=a", "--steps=5"],
             "steps=5 must lie between 1 and 4",

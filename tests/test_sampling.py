@@ -1,6 +1,7 @@
 """The samplers where the answer is known: data N(0, STD^2), whose velocity and flow have closed forms."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,27 @@ def test_euler_converges_to_the_exact_flow_at_first_order():
     assert fine < 0.02
     assert coarse / middle == pytest.approx(2, rel=0.1)
     assert middle / fine == pytest.approx(2, rel=0.1)
+
+
+def test_unipc_converges_to_the_exact_flow_at_second_order():
+    """From where its times end the flow goes on in one step, so they end late here."""
+    times = lambda steps: np.append(1 / (1 + np.exp(np.linspace(-4, 6, steps))), 0.0)  # noqa: E731
+    quantile = STD / math.sqrt(variance(times(2)[0])) * times(2)[0]
+    exact = quantile * noise(0)
+
+    def error(steps):
+        return np.abs(sampling.unipc(gaussian, SEEDS, SHAPE, times(steps).tolist()) - exact).max()
+
+    coarse, middle = error(16), error(32)
+    assert middle < 0.01
+    assert coarse / middle > 3.5
+
+
+def test_karras_times_are_equal_steps_of_a_root_of_the_noise_level():
+    s = sampling.karras_times(35)
+    sigma = s[:-1] / (1 - s[:-1])
+    assert (sigma[0], sigma[-1], s[-1]) == (pytest.approx(80), pytest.approx(0.002), 0)
+    np.testing.assert_allclose(np.diff(sigma ** (1 / 7), 2), 0, atol=1e-12)
 
 
 def test_noise_depends_on_the_seed_and_the_step_alone():

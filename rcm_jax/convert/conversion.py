@@ -63,7 +63,7 @@ def convert(
         raise UserError(f"--model {model} has no wan layout: write --to rcm, which is its authors' own, or another")
     tensors, found = _read(source, family, part)
     if config is None:
-        config = _config_of(found, tensors, family)
+        config = config_of(found, tensors, family)
         model, config = families.name_config(config, model)
     print(_describe(model, config, tensors))
     shapes = families.tensor_shapes(family, config)
@@ -98,7 +98,8 @@ def _read(path: Path, family: Family, part: Part | None) -> tuple[Tensors, Sourc
     return tensors, found
 
 
-def _config_of(found: Source, tensors: Tensors, family: Family) -> Config:
+def config_of(found: Source, tensors: Tensors, family: Family) -> Config:
+    """The sizes of a network from its published tensors. Raises UserError if they do not tell."""
     try:
         return family.config_from_tensors({name: tensor.shape for name, tensor in tensors.items()}, found.settings)
     except UserError as error:

@@ -79,11 +79,9 @@ def params_from_published(
 
     Raises UserError that lists every missing, unexpected or wrong-shaped tensor of `source` by name.
     """
-    leaves = flat_params(abstract_params)
-    places = {path: table(path, leaf.shape) for path, leaf in leaves.items()}
-    _check_tensors(tensors, places, source)
+    places = check_tensors(tensors, abstract_params, table, source=source)
     values = {}
-    for path, leaf in leaves.items():
+    for path, leaf in flat_params(abstract_params).items():
         match places[path]:
             case Place() as place:
                 values[path] = adopt(path, read(tensors[place.name]), leaf.shape).astype(leaf.dtype)
@@ -114,7 +112,14 @@ def flat_params(params: dict[str, Any]) -> dict[str, Any]:
     return dict(traverse_util.flatten_dict(params, sep="."))
 
 
-def _check_tensors(tensors: Mapping[str, Any], places: Mapping[str, Place | list[Place]], source: str) -> None:
+def check_tensors(
+    tensors: Mapping[str, Any], abstract_params: dict[str, Any], table: Table, *, source: str = "checkpoint"
+) -> dict[str, Place | list[Place]]:
+    """The places of all parameters by path.
+
+    Raises UserError that lists every missing, unexpected or wrong-shaped tensor of `source` by name.
+    """
+    places = {path: table(path, leaf.shape) for path, leaf in flat_params(abstract_params).items()}
     expected = dict(p for place in places.values() for p in ([place] if isinstance(place, Place) else place))
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     faults = [f"missing {name}" for name in expected if name not in found]
@@ -126,3 +131,4 @@ def _check_tensors(tensors: Mapping[str, Any], places: Mapping[str, Place | list
     faults += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
     if faults:
         raise UserError(f"{source} does not fit the network, nothing was loaded: " + "; ".join(faults))
+    return places

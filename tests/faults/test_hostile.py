@@ -87,7 +87,7 @@ def test_a_value_out_of_range_is_refused(override, message, tmp_path):
 def test_a_prompt_of_a_megabyte_is_refused(line, tmp_path, monkeypatch, capsys):
     path = tmp_path / "prompts.txt"
     path.write_text(line)
-    words = ["--config=configs/digits_rcm.py", "--teacher", f"--prompt_file={path}", f"--out={tmp_path / 'out'}"]
+    words = ["--config=configs/digits_rcm.py", "--sampler=euler", f"--prompt-file={path}", f"--out={tmp_path / 'out'}"]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["sample", *words])
     monkeypatch.setattr(sample, "keep_compilations", lambda: None)

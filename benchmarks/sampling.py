@@ -1,0 +1,171 @@
+"""Time and memory of sampling a published model, stage by stage, in bfloat16, with random weights.
+
+    python -m benchmarks.sampling --model=wan2.1-t2v-1.3b --sampler=few-step-sde --steps=4 --out=sampling.json
+
+Prints a Markdown table. Every stage has a process of its own, so that its peak memory is its own. Reading checkpoints
+is left out; of the whole, the frames a second count what is done for each video: caption, network and decoder.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rcm_jax import media
+from rcm_jax.published import FEW_STEPS, SAMPLERS, find_published, parse_size
+
+STAGES = ("text", "network", "decoder")
+HEAD = "| stage | seconds | first run | peak GiB | device |\n|---|---|---|---|---|"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures every stage in a process of its own and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="wan2.1-t2v-1.3b", help="a published text-to-video or text-to-image model")
+    parser.add_argument("--size", metavar="WxH", help="default: the model's")
+    parser.add_argument("--frames", type=int, metavar="N", help="default: the model's")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="few-step-sde")
+    parser.add_argument("--steps", type=int, default=FEW_STEPS, metavar="N")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs after the first, which compiles")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON of all numbers")
+    parser.add_argument("--only", choices=STAGES, help="measures one stage in this process, prints its JSON")
+    arguments = parser.parse_args(argv)
+    if arguments.only:
+        print(json.dumps(measure(arguments.only, arguments)))
+        return
+    words = sys.argv[1:] if argv is None else argv
+    results = {}
+    print(HEAD)
+    for stage in STAGES:
+        results[stage] = _measure_apart(stage, words)
+        print(_row(stage, results[stage]), flush=True)
+    if all("seconds" in result for result in results.values()):
+        frames = arguments.frames or find_published(arguments.model).frames
+        rate = frames / sum(result["seconds"] for result in results.values())
+        print(f"\n{rate:.1f} frames a second")
+    if arguments.out:
+        command = " ".join(["python -m benchmarks.sampling", *words])
+        media.write_file(arguments.out, media.json_text({"command": command, "stages": results}, indent=1).encode())
+
+
+def measure(stage: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a stage for one video, compiled and the first time, and the peak of the device's memory."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else the peak is what JAX reserves
+    import jax
+
+    run = {"text": prepare_text, "network": prepare_network, "decoder": prepare_decoder}[stage](arguments)
+    first, *others = (_seconds(run) for _ in range(1 + arguments.repeats))
+    device = jax.devices()[0]
+    return {
+        "seconds": statistics.median(others or [first]),
+        "first_seconds": first,
+        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "device": device.device_kind,
+        "jax": jax.__version__,
+    }
+
+
+def prepare_text(arguments: argparse.Namespace) -> Callable[[], Any]:
+    """Encodes one caption."""
+    import jax
+    import jax.numpy as jnp
+
+    from rcm_jax.models import umt5
+    from rcm_jax.models.functional import functional
+
+    config = umt5.PRESETS[find_published(arguments.model).text_encoder]
+    network = functional(lambda rngs: umt5.T5Encoder(config, dtype=jnp.bfloat16, rngs=rngs))
+    params, apply = random_params(network), jax.jit(network.apply)
+    ids_BS = jnp.ones((1, umt5.TEXT_LENGTH), jnp.int32)
+    return lambda: apply(params, ids_BS, ids_BS > 0)
+
+
+def prepare_network(arguments: argparse.Namespace) -> Callable[[], Any]:
+    """Samples one latent, with guidance if the sampler is a teacher's."""
+    import jax
+    import jax.numpy as jnp
+
+    from rcm_jax import inference
+    from rcm_jax.models.presets import PRESETS, create_network
+
+    config, published = PRESETS[arguments.model], find_published(arguments.model)
+    guidance = 1.0 if arguments.sampler.startswith("few-step") else published.guidance[0]
+    settings = inference.Settings(arguments.sampler, arguments.steps, (guidance,), published.shift)
+    network = create_network(config, dtype=jnp.bfloat16)
+    params, text_BSD = random_params(network), jnp.ones((1, config.text_length, config.text_dim))
+    shape_THWC = _latent_shape(arguments)
+
+    def velocity(x_BTHWC: jax.Array, s_B: jax.Array) -> jax.Array:
+        return inference.evaluate(network, params, x_BTHWC, s_B, text_BSD, text_BSD, inference.Condition(), guidance)
+
+    return lambda: inference.sample_latent(velocity, 0, shape_THWC, settings)
+
+
+def prepare_decoder(arguments: argparse.Namespace) -> Callable[[], Any]:
+    """Decodes one latent."""
+    import jax
+    import jax.numpy as jnp
+
+    from rcm_jax.models import vae
+    from rcm_jax.models.functional import functional
+
+    config = vae.PRESETS[find_published(arguments.model).vae]
+    network = functional(lambda rngs: vae.Decoder(config, dtype=jnp.bfloat16, rngs=rngs))
+    params, apply = random_params(network), jax.jit(network.apply)
+    latent_BTHWC = jnp.ones((1, *_latent_shape(arguments)))
+    return lambda: apply(params, latent_BTHWC)
+
+
+def random_params(network: Any) -> dict[str, Any]:
+    """Small random numbers, in the dtypes of loaded checkpoints."""
+    import jax
+    import jax.numpy as jnp
+
+    from rcm_jax.convert.loading import in_dtype
+
+    leaves, structure = jax.tree.flatten(in_dtype(network.abstract_params(), jnp.bfloat16))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    draw = jax.jit(lambda key, shape, dtype: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=(1, 2))
+    return structure.unflatten([draw(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)])
+
+
+def _latent_shape(arguments: argparse.Namespace) -> tuple[int, int, int, int]:
+    from rcm_jax import inference
+    from rcm_jax.models import vae
+
+    published = find_published(arguments.model)
+    size = parse_size(arguments.size or published.size)
+    return inference.latent_shape(vae.PRESETS[published.vae], size, arguments.frames or published.frames)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    import jax
+
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def _measure_apart(stage: str, words: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.sampling", *words, f"--only={stage}"]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if run.returncode:
+        return {"missing": f"the process ended with {run.returncode}"}
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def _row(stage: str, result: dict[str, Any]) -> str:
+    if "missing" in result:
+        return f"| {stage} | {result['missing']} | | | |"
+    peak = "not known" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**30:.2f}"
+    return f"| {stage} | {result['seconds']:.3f} | {result['first_seconds']:.1f} | {peak} | {result['device']} |"
+
+
+if __name__ == "__main__":
+    main()
