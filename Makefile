@@ -19,7 +19,7 @@ demo: $(RUN_STAMP)
 	$(VENV)/bin/python -m launch.demo --workdir=runs/demo
 
 test: $(DEV_STAMP)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 parity: $(PARITY_STAMP)
 	$(VENV)/bin/python -m pytest tests/parity $(ARGS)

@@ -140,7 +140,7 @@ def make(tmp_path: Path) -> Make:
 
 
 DEMO = "-m launch.demo --workdir=runs/demo"
-TEST = "-m pytest -x"
+TEST = "-m pytest -n auto --dist loadfile -x"
 
 
 def test_make_installs_once_and_again_when_requirements_change(make: Make):

@@ -47,7 +47,9 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
         patch.setattr(
-            training, "create_network", lambda config, mesh: STUB if "rcm" in config.stages else create_network(config)
+            training,
+            "create_network",
+            lambda config, mesh=None: STUB if "rcm" in config.stages else create_network(config),
         )
         patch.setattr(digits, "build", functools.partial(digits.build, limit=2))
         jax.config.update("jax_disable_most_optimizations", True)  # compiling is nearly all that these runs do

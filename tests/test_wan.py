@@ -179,7 +179,7 @@ def test_plain_grad_in_forward_mode_names_the_other_mode(wrt, params):
 def test_an_unknown_mode_or_policy_is_an_error(mode, remat, setting):
     unchecked = blocks.run_blocks.__wrapped__  # without the type checker, as users run it
     with pytest.raises(ValueError, match=f"{setting} must be '"):
-        unchecked(plain_blocks, {}, X, X, TEXT, mode=mode, remat=remat)
+        unchecked(plain_blocks, {}, X, X, TEXT, mode=mode, remat=remat, ops=blocks.WHOLE)
 
 
 def test_bfloat16_is_close_to_float32(params):

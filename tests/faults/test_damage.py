@@ -90,7 +90,7 @@ def test_a_run_goes_on_from_its_newest_sound_checkpoint(undisturbed, make_run):
     lines = [line for line in output.splitlines() if " is set aside as " in line]
     assert len(lines) == len(DAMAGES)
     for line, (iteration, (_, reason)) in zip(lines, DAMAGES.items(), strict=True):
-        assert line.startswith(f"checkpoint {iteration} is set aside as {run.checkpoints / f'{iteration}.damaged'}: ")
+        assert f"checkpoint {iteration} is set aside as {run.checkpoints / f'{iteration}.damaged'}: " in line
         assert reason in line
         assert (run.checkpoints / f"{iteration}.damaged").is_dir()
     assert "iter  6/40" in output
