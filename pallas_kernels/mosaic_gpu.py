@@ -54,7 +54,7 @@ class Tiles(NamedTuple):
     take_turns: bool = False  # the two warpgroups alternate on the tensor cores
 
 
-# By pass and padded head dim: the best of `python -m benchmarks.attention_tiles` on an H200; lengths matter little.
+# By pass and padded head dim, as measured on an H200 (`python -m benchmarks.attention_tiles`); lengths matter little.
 TILES = {
     ("value", 64): Tiles(128, 2, take_turns=True),
     ("value", 128): Tiles(128, 2, take_turns=True),
