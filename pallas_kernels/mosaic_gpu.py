@@ -503,7 +503,10 @@ def _turns(barrier, take_turns):
 
 def _fetch_steps(fetch_step, steps, stages):
     """Runs fetch_step(i, slot, await_free) for all steps, each slot anew once it is free."""
-    for i in range(stages):
+
+    # A loop, since JAX refuses a slice beyond the end of an array where it knows the start.
+    @pl.loop(0, stages)
+    def fetch_first(i):
         pl.when(i < steps)(functools.partial(fetch_step, i, i, lambda barrier: None))
 
     @pl.loop(stages, steps)

@@ -152,6 +152,7 @@ def test_rcms_way_to_a_teachers_dcp_is_read(tmp_path):
 
 
 SHARDED = """
+import os
 import sys
 import torch
 import torch.distributed.checkpoint as dcp
@@ -163,8 +164,8 @@ mesh = init_device_mesh("cpu", (2,))
 whole = torch.arange(7 * 10, dtype=torch.float32).reshape(7, 10)
 state = {f"net_ema.cut{axis}": distribute_tensor(whole, mesh, [Shard(axis)]) for axis in range(2)}
 dcp.save(state | {"net.whole": whole}, checkpoint_id=f"{folder}/iter_000000010/model")
-torch.distributed.barrier()  # who leaves first must not take the meeting place away
-torch.distributed.destroy_process_group()
+torch.distributed.barrier()
+os._exit(0)  # gloo's own farewell fails now and then where the other process is gone first
 """
 
 
