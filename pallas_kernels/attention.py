@@ -181,8 +181,8 @@ def _check_served(implementation: str, back_end: ModuleType, q: Array) -> None:
     if q.dtype.name not in dtypes:
         raise NotImplementedError(f'{implementation=} takes {" and ".join(dtypes)}, not {q.dtype.name}: pass "auto"')
     if q.shape[3] > most or q.shape[3] % multiple:
-        rule = f"multiples of {multiple} up to {most}"
-        raise NotImplementedError(f'{implementation=} takes head dims that are {rule}, not {q.shape[3]}: pass "auto"')
+        rule = f"up to {most}" if multiple == 1 else f"up to {most} that are multiples of {multiple}"
+        raise NotImplementedError(f'{implementation=} takes head dims {rule}, not {q.shape[3]}: pass "auto"')
 
 
 def _value(scale, back_end, q, k, v) -> tuple[Array, Array]:
