@@ -100,11 +100,11 @@ def test_negative_scale_is_that_of_negative_queries():
 def test_hopper_takes_the_kernel_that_measured_fastest(shape, dtype, value, gradient):
     """None is plain JAX."""
     q, k, lse = operands(*shape, dtype)
-    passes = {
-        value: lowered(functools.partial(hopper.forward, scale=0.1), q, k, k),
-        gradient: lowered(functools.partial(hopper.backward, dlse_BNL=None, scale=0.1), q, k, k, q, lse, q),
-    }
-    for kernel, text in passes.items():
+    texts = (
+        lowered(functools.partial(hopper.forward, scale=0.1), q, k, k),
+        lowered(functools.partial(hopper.backward, dlse_BNL=None, scale=0.1), q, k, k, q, lse, q),
+    )
+    for kernel, text in zip((value, gradient), texts, strict=True):
         assert [name for name, count in calls(text).items() if count] == ([kernel] if kernel else [])
 
 
