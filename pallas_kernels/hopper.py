@@ -6,6 +6,8 @@ where keys or queries are few, while for long ones cuDNN makes five products whe
 takes goes to plain JAX.
 """
 
+from types import ModuleType
+
 from jaxtyping import Array, Float
 
 from pallas_kernels import cudnn, mosaic_gpu, portable
@@ -18,12 +20,9 @@ def forward(
     q_BLNH: Float[Array, "b l n h"], k_BSNH: Float[Array, "b s n h"], v_BSNH: Float[Array, "b s n h"], *, scale: float
 ) -> tuple[Float[Array, "b l n h"], Float[Array, "b n l"]]:
     """Returns out = softmax(scale q k^T) v, and lse, the logarithm of each row's sum of exponentials."""
-    back_end = mosaic_gpu if _is_for_mosaic(q_BLNH) else portable
     is_ragged = q_BLNH.shape[1] % CUDNN_TILE > 0 or k_BSNH.shape[1] % CUDNN_TILE > 0
     is_ours = is_ragged and q_BLNH.shape[3] > 64 and not _is_short(q_BLNH, k_BSNH)
-    if _is_for_cudnn(q_BLNH, k_BSNH) and not (back_end is mosaic_gpu and is_ours):
-        back_end = cudnn
-    return back_end.forward(q_BLNH, k_BSNH, v_BSNH, scale=scale)
+    return _choose(q_BLNH, k_BSNH, is_ours=is_ours).forward(q_BLNH, k_BSNH, v_BSNH, scale=scale)
 
 
 def forward_with_tangent(
@@ -37,7 +36,7 @@ def forward_with_tangent(
     scale: float,
 ) -> tuple[Float[Array, "b l n h"], Float[Array, "b n l"], Float[Array, "b l n h"], Float[Array, "b n l"]]:
     """Returns (out, lse) of `forward` and their tangents, from one pass over the keys. A tangent of None is zero."""
-    back_end = mosaic_gpu if _is_for_mosaic(q_BLNH) else portable
+    back_end = mosaic_gpu if _serves(mosaic_gpu, q_BLNH) else portable
     return back_end.forward_with_tangent(q_BLNH, k_BSNH, v_BSNH, tq_BLNH, tk_BSNH, tv_BSNH, scale=scale)
 
 
@@ -53,24 +52,22 @@ def backward(
     scale: float,
 ) -> tuple[Float[Array, "b l n h"], Float[Array, "b s n h"], Float[Array, "b s n h"]]:
     """Returns the gradients (dq, dk, dv), given `forward`'s results and their cotangents; a dlse of None is zero."""
-    back_end = mosaic_gpu if _is_for_mosaic(q_BLNH) else portable
-    if (
-        dlse_BNL is None
-        and _is_for_cudnn(q_BLNH, k_BSNH)
-        and not (back_end is mosaic_gpu and _is_short(q_BLNH, k_BSNH))
-    ):
-        back_end = cudnn
+    back_end = _choose(q_BLNH, k_BSNH, is_ours=_is_short(q_BLNH, k_BSNH), has_cudnn=dlse_BNL is None)
     return back_end.backward(q_BLNH, k_BSNH, v_BSNH, out_BLNH, lse_BNL, dout_BLNH, dlse_BNL, scale=scale)
+
+
+def _choose(q: Array, k: Array, *, is_ours: bool, has_cudnn: bool = True) -> ModuleType:
+    """Our kernels where `is_ours` says that they are the faster, else cuDNN's; the others where these do not serve."""
+    has_cudnn = has_cudnn and _serves(cudnn, q) and min(q.shape[1], k.shape[1]) > 1
+    if _serves(mosaic_gpu, q) and (is_ours or not has_cudnn):
+        return mosaic_gpu
+    return cudnn if has_cudnn else portable
+
+
+def _serves(back_end: ModuleType, q: Array) -> bool:
+    fits = q.shape[3] <= back_end.MAX_HEAD_DIM and q.shape[3] % back_end.HEAD_DIM_MULTIPLE == 0
+    return fits and q.dtype.name in back_end.DTYPES
 
 
 def _is_short(q: Array, k: Array) -> bool:
     return min(q.shape[1], k.shape[1]) <= FEW
-
-
-def _is_for_mosaic(q: Array) -> bool:
-    return q.dtype.name in mosaic_gpu.DTYPES and q.shape[3] <= mosaic_gpu.MAX_HEAD_DIM
-
-
-def _is_for_cudnn(q: Array, k: Array) -> bool:
-    fits = q.shape[3] % cudnn.HEAD_DIM_MULTIPLE == 0 and q.shape[3] <= cudnn.MAX_HEAD_DIM
-    return fits and q.dtype.name in cudnn.DTYPES and min(q.shape[1], k.shape[1]) > 1

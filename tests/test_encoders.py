@@ -15,7 +15,8 @@ import pytest
 
 from rcm_jax.config import UserError
 from rcm_jax.convert.clip import clip_table, join_qkv, split_qkv, with_prefix
-from rcm_jax.convert.places import Place, flat_params, params_from_published, published_tensors
+from rcm_jax.convert.names import flat
+from rcm_jax.convert.places import Place, params_from_published, published_tensors
 from rcm_jax.convert.umt5 import t5_table, without_copies
 from rcm_jax.models import clip, umt5
 from rcm_jax.models.functional import functional
@@ -154,7 +155,7 @@ def published_clip(dim=1280, ffn_dim=5120, layers=32, tokens=257):
 
 def place_shapes(network, table):
     """Shapes by published name of all parameters."""
-    places = [table(path, leaf.shape) for path, leaf in flat_params(network.abstract_params()).items()]
+    places = [table(path, leaf.shape) for path, leaf in flat(network.abstract_params()).items()]
     return dict(p for place in places for p in ([place] if isinstance(place, Place) else place))
 
 

@@ -14,7 +14,8 @@ import pytest
 from jax import lax
 
 from rcm_jax.config import UserError
-from rcm_jax.convert.places import flat_params, params_from_published, published_tensors
+from rcm_jax.convert.names import flat
+from rcm_jax.convert.places import params_from_published, published_tensors
 from rcm_jax.convert.vae import vae_table
 from rcm_jax.models import vae
 from rcm_jax.models.functional import functional
@@ -274,7 +275,7 @@ def published_wan22():
 )
 def test_a_preset_has_the_tensors_of_the_published_file(preset, published, total):
     """Published as 127M and 705M parameters."""
-    leaves = flat_params(functional(lambda rngs: VAE(PRESETS[preset], rngs=rngs)).abstract_params())
+    leaves = flat(functional(lambda rngs: VAE(PRESETS[preset], rngs=rngs)).abstract_params())
     tables = {layout: vae_table(PRESETS[preset], layout) for layout in ("wan", "diffusers")}
     places = {key: dict(table(path, leaf.shape) for path, leaf in leaves.items()) for key, table in tables.items()}
     assert places["wan"] == published

@@ -13,7 +13,7 @@ import numpy as np
 
 from rcm_jax.config import UserError
 from rcm_jax.convert import cosmos, wan
-from rcm_jax.convert.names import Table, flat, from_theirs, is_stacked, their_names, to_theirs
+from rcm_jax.convert.names import Table, flat, from_theirs, is_stacked, list_faults, their_names, to_theirs
 from rcm_jax.convert.orbax import Leaf, NewLeaf
 from rcm_jax.convert.sources import Source
 from rcm_jax.convert.tensors import LazyTensor, Tensors, refusal
@@ -212,12 +212,6 @@ def _published_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def check(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     """Raises UserError that names every tensor which is missing, unexpected or of another shape."""
-    faults = [f"missing {name}" for name in shapes if name not in tensors]
-    faults += [f"unexpected {name}" for name in tensors if name not in shapes]
-    faults += [
-        f"{name} has shape {tensor.shape}, not {shapes[name]}"
-        for name, tensor in tensors.items()
-        if name in shapes and tensor.shape != shapes[name]
-    ]
+    faults = list_faults({name: tensor.shape for name, tensor in tensors.items()}, shapes)
     if faults:
         raise refusal(source, "does not fit the model, nothing was written; check --model", "; ".join(faults))

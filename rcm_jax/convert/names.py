@@ -15,7 +15,7 @@ from rcm_jax.config import UserError
 
 Table = Mapping[str, str]
 
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
 def make_table(
@@ -35,7 +35,7 @@ def their_names(path: str, layers: int, table: Table) -> list[str]:
     `layers` is the number of blocks. Raises KeyError for a path that the table lacks.
     """
     module, _, leaf = path.rpartition(".")
-    name = f"{table[module]}.{_LEAVES[leaf]}" if leaf in _LEAVES else table[path]
+    name = f"{table[module]}.{LEAVES[leaf]}" if leaf in LEAVES else table[path]
     return [name.format(layer) for layer in range(layers)] if is_stacked(path) else [name]
 
 
@@ -95,6 +95,17 @@ def collect_params(
     if faults:
         raise UserError(f"{source} does not fit the network, nothing was loaded: " + "; ".join(faults))
     return traverse_util.unflatten_dict(values, sep=".")
+
+
+def list_faults(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Every tensor, by name, that is missing, unexpected or of another shape than expected."""
+    faults = [f"missing {name}" for name in expected if name not in found]
+    faults += [
+        f"{name} has shape {found[name]}, the network takes {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    return faults + [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
 
 
 def flat(params: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from rcm_jax.config import UserError
+from rcm_jax.convert.names import LEAVES, flat, list_faults
 
 
 class Place(NamedTuple):
@@ -25,9 +26,6 @@ class Place(NamedTuple):
 Table = Callable[[str, tuple[int, ...]], Place | list[Place]]
 
 
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-
-
 def named_table(names: Mapping[str, str]) -> Table:
     """The table of a network from our modules' names, or parameters', to the published ones.
 
@@ -36,7 +34,7 @@ def named_table(names: Mapping[str, str]) -> Table:
 
     def table(path: str, shape: tuple[int, ...]) -> Place | list[Place]:
         module, _, leaf = path.rpartition(".")
-        name = names[path] if path in names else f"{names[module]}.{_LEAVES[leaf]}"
+        name = names[path] if path in names else f"{names[module]}.{LEAVES[leaf]}"
         if "{}" not in name:
             return Place(name, published_shape(path, shape))
         return [Place(name.format(layer), published_shape(path, shape[1:])) for layer in range(shape[0])]
@@ -55,7 +53,7 @@ def published_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def published_tensors(params: dict[str, Any], table: Table) -> dict[str, np.ndarray]:
     """The parameters by their published names, as numpy arrays of the dtype they have."""
     tensors = {}
-    for path, value in flat_params(params).items():
+    for path, value in flat(params).items():
         array = np.asarray(jax.device_get(value))
         match table(path, array.shape):
             case Place() as place:
@@ -81,7 +79,7 @@ def params_from_published(
     """
     places = check_tensors(tensors, abstract_params, table, source=source)
     values = {}
-    for path, leaf in flat_params(abstract_params).items():
+    for path, leaf in flat(abstract_params).items():
         match places[path]:
             case Place() as place:
                 values[path] = adopt(path, read(tensors[place.name]), leaf.shape).astype(leaf.dtype)
@@ -107,11 +105,6 @@ def adopt(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return tensor.reshape(shape)
 
 
-def flat_params(params: dict[str, Any]) -> dict[str, Any]:
-    """The leaves of a tree of parameters by dotted path."""
-    return dict(traverse_util.flatten_dict(params, sep="."))
-
-
 def check_tensors(
     tensors: Mapping[str, Any], abstract_params: dict[str, Any], table: Table, *, source: str = "checkpoint"
 ) -> dict[str, Place | list[Place]]:
@@ -119,16 +112,10 @@ def check_tensors(
 
     Raises UserError that lists every missing, unexpected or wrong-shaped tensor of `source` by name.
     """
-    places = {path: table(path, leaf.shape) for path, leaf in flat_params(abstract_params).items()}
+    places = {path: table(path, leaf.shape) for path, leaf in flat(abstract_params).items()}
     expected = dict(p for place in places.values() for p in ([place] if isinstance(place, Place) else place))
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    faults = [f"missing {name}" for name in expected if name not in found]
-    faults += [
-        f"{name} has shape {found[name]}, the network takes {shape}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    faults += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
+    faults = list_faults(found, expected)
     if faults:
         raise UserError(f"{source} does not fit the network, nothing was loaded: " + "; ".join(faults))
     return places
