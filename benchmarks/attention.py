@@ -12,7 +12,6 @@ counts. The error is the Frobenius norm against float64, relative, over some row
 import argparse
 import functools
 import importlib.util
-import json
 import platform
 import sys
 import time
@@ -27,6 +26,7 @@ import numpy as np
 
 import pallas_kernels
 from pallas_kernels import cudnn, mosaic_gpu
+from rcm_jax import media
 
 # batch, heads, queries, keys, head dim
 SHAPES = (
@@ -75,7 +75,7 @@ def main() -> None:
         "command": " ".join(["python -m benchmarks.attention", *sys.argv[1:]]),
         "rows": rows,
     }
-    arguments.out.write_text(json.dumps(results, indent=1))
+    media.write_file(arguments.out, media.json_text(results, indent=1).encode())
     print(table(results))
     if arguments.plot:
         plot(results, arguments.plot)
@@ -216,7 +216,7 @@ def compete(contestants: dict[str, Contestant], rounds: int):
         try:
             contestant.wait(contestant.run())
         except Exception as error:  # a rival's own failure must not end the measurement of the others
-            print(f"{name} failed: {str(error).splitlines()[0][:200]}", flush=True)
+            print(f"{name} failed: {type(error).__name__}: {error}".splitlines()[0][:200], flush=True)
             continue
         start = time.perf_counter()
         results = contestant.wait(contestant.run())

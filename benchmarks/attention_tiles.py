@@ -8,7 +8,6 @@ On an NVIDIA Hopper GPU. The best go into TILES of pallas_kernels/mosaic_gpu.py 
 import argparse
 import functools
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import jax
 from benchmarks.attention import compete, draw, jax_contestant
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.mosaic_gpu import Tiles
+from rcm_jax import media
 
 SHAPES = ((1, 12, 8192, 8192, 128), (1, 12, 32760, 32760, 128), (1, 12, 32760, 512, 128), (4, 16, 4096, 4096, 64))
 CANDIDATES = {
@@ -38,7 +38,8 @@ def main() -> None:
         times = rank(shape, name, arguments.rounds)
         rows += [{"shape": shape, "pass": name, "tiles": tiles, "ms": ms} for tiles, ms in times]
         print(shape, name, ", ".join(f"{tiles}: {ms:.3f} ms" for tiles, ms in times[:4]), flush=True)
-    arguments.out.write_text(json.dumps({"device": jax.devices()[0].device_kind, "rows": rows}, indent=1))
+    facts = {"device": jax.devices()[0].device_kind, "rows": rows}
+    media.write_file(arguments.out, media.json_text(facts, indent=1).encode())
 
 
 def rank(shape: tuple[int, ...], name: str, rounds: int) -> list[tuple[str, float]]:

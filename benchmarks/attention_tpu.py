@@ -10,7 +10,6 @@ writes for its own developers: another version than 0.0.42 may write something e
 
 import argparse
 import functools
-import json
 import os
 import re
 import tempfile
@@ -23,6 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import mosaic_tpu
+from rcm_jax import media
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
 KERNELS = ("forward", "forward_with_tangent", "backward")
@@ -50,9 +50,8 @@ def main() -> None:
                     bundles, shares = read_schedule(Path(dump))
                     table.append({"chip": chip, "kernel": kernel, "rows": rows, "bundles": bundles, **shares})
                     print(f"| {chip} | {kernel} | {rows} | {bundles} |", *(f"{x:.0%} |" for x in shares.values()))
-    text = json.dumps({"head_dim": arguments.head_dim, "jax": jax.__version__, "table": table}, indent=1) + "\n"
-    arguments.out.with_suffix(".tmp").write_text(text)
-    os.replace(arguments.out.with_suffix(".tmp"), arguments.out)
+    facts = {"head_dim": arguments.head_dim, "jax": jax.__version__, "table": table}
+    media.write_file(arguments.out, media.json_text(facts, indent=1).encode() + b"\n")
 
 
 def compile_kernel(chip: str, kernel: str, rows: int, head_dim: int) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rcm_jax import media
 from rcm_jax.convert import families, orbax, safetensors_file
 from rcm_jax.convert.conversion import SHARD_BYTES, STEM
 from rcm_jax.convert.tensors import BFLOAT16, LazyTensor
@@ -34,7 +35,6 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the checkpoints lie")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the JSON to write")
     arguments = parser.parse_args()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     print(f"| {'conversion':36} | GB | peak MiB | s |\n|---|---|---|---|")
     for model in arguments.models.split(","):
@@ -46,7 +46,7 @@ def main() -> None:
             remove(source)
             remove(target)
             facts = {"command": sys.argv, "machine": f"{platform.machine()}, {os.cpu_count()} cores", "rows": rows}
-            arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
+            media.write_file(arguments.out, media.json_text(facts, indent=2).encode() + b"\n")
 
 
 def write_holes(folder: Path, model: str, layout: str) -> None:

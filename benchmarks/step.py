@@ -8,7 +8,6 @@ the `--peak` of the device.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rcm_jax import sharding, train
+from rcm_jax import media, sharding, train
 from rcm_jax.config import load
 from rcm_jax.models.wan import PRESETS, WanConfig
 from rcm_jax.schedule import Phase
@@ -43,7 +42,7 @@ def main() -> None:
         print(row, flush=True)
     device = jax.devices()[0]
     results = {"device": device.device_kind, "jax": jax.__version__, "latent": arguments.latent, "rows": rows}
-    arguments.out.write_text(json.dumps(results, indent=1))
+    media.write_file(arguments.out, media.json_text(results, indent=1).encode())
     print(table(results))
 
 

@@ -22,6 +22,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from pallas_kernels import cudnn, hopper, mosaic_gpu, mosaic_tpu, portable, reference
+from pallas_kernels.operands import serves
 from pallas_kernels.refusals import forward_only, reverse_only
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -59,8 +60,8 @@ def attention(
       scale: factor of the logits; 1 / sqrt(head dim) if None.
       implementation: "auto" chooses by the default device, dtype and shape. Or one of: "mosaic_gpu" (NVIDIA Hopper;
         bfloat16, head dim up to 128), "cudnn" (NVIDIA GPUs; bfloat16 and float16, no tangent), "mosaic_tpu" (TPUs; no
-        float64; on a mesh, inside `jax.shard_map`), "portable" (plain JAX, any device), "reference" (quadratic memory,
-        for tests).
+        float64, head dim up to 256; on a mesh, inside `jax.shard_map`), "portable" (plain JAX, any device),
+        "reference" (quadratic memory, for tests).
       mode: how the result may be differentiated. "reverse": `jax.grad`, `jax.vjp`; no `jax.jvp`. "forward": `jax.jvp`,
         and `jax.grad` of the primal output of `jax.jvp`; no other `jax.grad`. There the tangent is a constant: where
         it is differentiated after all, gradients are NaN.
@@ -148,15 +149,13 @@ def _scale(scale: float | None, q: Array) -> float:
 def _back_end(implementation: str, q: Array) -> ModuleType:
     match implementation:
         case "auto":
-            return {"hopper": hopper, "tpu": mosaic_tpu}.get(_architecture(), portable)
+            return _best(q)
         case "mosaic_gpu":
-            _check_served(implementation, mosaic_gpu, q)
-            return mosaic_gpu
+            return _served(implementation, mosaic_gpu, q)
         case "cudnn":
-            _check_served(implementation, cudnn, q)
-            return cudnn
+            return _served(implementation, cudnn, q)
         case "mosaic_tpu":
-            return mosaic_tpu
+            return _served(implementation, mosaic_tpu, q)
         case "portable":
             return portable
         case "reference":
@@ -164,6 +163,16 @@ def _back_end(implementation: str, q: Array) -> ModuleType:
         case _:
             names = '"auto", "mosaic_gpu", "cudnn", "mosaic_tpu", "portable" or "reference"'
             raise ValueError(f"{implementation=} must be {names}")
+
+
+def _best(q: Array) -> ModuleType:
+    match _architecture():
+        case "hopper":
+            return hopper
+        case "tpu" if serves(mosaic_tpu, q):
+            return mosaic_tpu
+        case _:
+            return portable
 
 
 def _architecture() -> str:
@@ -176,13 +185,15 @@ def _architecture() -> str:
     return device.platform
 
 
-def _check_served(implementation: str, back_end: ModuleType, q: Array) -> None:
+def _served(implementation: str, back_end: ModuleType, q: Array) -> ModuleType:
+    """The back end. Raises NotImplementedError if it does not serve such queries."""
+    if serves(back_end, q):
+        return back_end
     dtypes, multiple, most = back_end.DTYPES, back_end.HEAD_DIM_MULTIPLE, back_end.MAX_HEAD_DIM
     if q.dtype.name not in dtypes:
-        raise NotImplementedError(f'{implementation=} takes {" and ".join(dtypes)}, not {q.dtype.name}: pass "auto"')
-    if q.shape[3] > most or q.shape[3] % multiple:
-        rule = f"up to {most}" if multiple == 1 else f"up to {most} that are multiples of {multiple}"
-        raise NotImplementedError(f'{implementation=} takes head dims {rule}, not {q.shape[3]}: pass "auto"')
+        raise NotImplementedError(f'{implementation=} takes {", ".join(dtypes)}, not {q.dtype.name}: pass "auto"')
+    rule = f"up to {most}" if multiple == 1 else f"up to {most} that are multiples of {multiple}"
+    raise NotImplementedError(f'{implementation=} takes head dims {rule}, not {q.shape[3]}: pass "auto"')
 
 
 def _value(scale, back_end, q, k, v) -> tuple[Array, Array]:

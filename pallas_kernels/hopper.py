@@ -11,6 +11,7 @@ from types import ModuleType
 from jaxtyping import Array, Float
 
 from pallas_kernels import cudnn, mosaic_gpu, portable
+from pallas_kernels.operands import serves
 
 FEW = 2048  # keys or queries, up to which our gradient is the faster and cuDNN's value
 CUDNN_TILE = 128
@@ -36,7 +37,7 @@ def forward_with_tangent(
     scale: float,
 ) -> tuple[Float[Array, "b l n h"], Float[Array, "b n l"], Float[Array, "b l n h"], Float[Array, "b n l"]]:
     """Returns (out, lse) of `forward` and their tangents, from one pass over the keys. A tangent of None is zero."""
-    back_end = mosaic_gpu if _serves(mosaic_gpu, q_BLNH) else portable
+    back_end = mosaic_gpu if serves(mosaic_gpu, q_BLNH) else portable
     return back_end.forward_with_tangent(q_BLNH, k_BSNH, v_BSNH, tq_BLNH, tk_BSNH, tv_BSNH, scale=scale)
 
 
@@ -58,15 +59,10 @@ def backward(
 
 def _choose(q: Array, k: Array, *, is_ours: bool, has_cudnn: bool = True) -> ModuleType:
     """Our kernels where `is_ours` says that they are the faster, else cuDNN's; the others where these do not serve."""
-    has_cudnn = has_cudnn and _serves(cudnn, q) and min(q.shape[1], k.shape[1]) > 1
-    if _serves(mosaic_gpu, q) and (is_ours or not has_cudnn):
+    has_cudnn = has_cudnn and serves(cudnn, q) and min(q.shape[1], k.shape[1]) > 1
+    if serves(mosaic_gpu, q) and (is_ours or not has_cudnn):
         return mosaic_gpu
     return cudnn if has_cudnn else portable
-
-
-def _serves(back_end: ModuleType, q: Array) -> bool:
-    fits = q.shape[3] <= back_end.MAX_HEAD_DIM and q.shape[3] % back_end.HEAD_DIM_MULTIPLE == 0
-    return fits and q.dtype.name in back_end.DTYPES
 
 
 def _is_short(q: Array, k: Array) -> bool:

@@ -53,6 +53,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.operands import heads_inside, heads_outside
+
+DTYPES = ("bfloat16", "float16", "float32")
+MAX_HEAD_DIM = 256  # at 512 the tiles exceed TILES_BYTES
+HEAD_DIM_MULTIPLE = 1
 ROW_BYTES = 2048  # of a tile's rows, one element each: 1024 rows in bfloat16, 512 in float32
 CHUNK = 512  # queries whose logits are in flight at a time
 LANES = 128
@@ -65,9 +70,9 @@ def forward(
     q_BLNH: Float[Array, "b l n h"], k_BSNH: Float[Array, "b s n h"], v_BSNH: Float[Array, "b s n h"], *, scale: float
 ) -> tuple[Float[Array, "b l n h"], Float[Array, "b n l"]]:
     """Returns out = softmax(scale q k^T) v, and lse, the logarithm of each row's sum of exponentials."""
-    q, k, v = (_heads_outside(x) for x in (q_BLNH, k_BSNH, v_BSNH))
+    q, k, v = (heads_outside(x) for x in (q_BLNH, k_BSNH, v_BSNH))
     out, lse, _, _ = _attend(q, k, v, None, None, None, scale=scale, with_tangent=False)
-    return _heads_inside(out, q_BLNH), lse[:, :, 0]
+    return heads_inside(out, q_BLNH), lse[:, :, 0]
 
 
 def forward_with_tangent(
@@ -85,9 +90,9 @@ def forward_with_tangent(
     A tangent of None is zero and spares its matmuls.
     """
     operands = (q_BLNH, k_BSNH, v_BSNH, tq_BLNH, tk_BSNH, tv_BSNH)
-    q, k, v, tq, tk, tv = (None if x is None else _heads_outside(x) for x in operands)
+    q, k, v, tq, tk, tv = (None if x is None else heads_outside(x) for x in operands)
     out, lse, t_out, t_lse = _attend(q, k, v, tq, tk, tv, scale=scale, with_tangent=True)
-    return _heads_inside(out, q_BLNH), lse[:, :, 0], _heads_inside(t_out, q_BLNH), t_lse[:, :, 0]
+    return heads_inside(out, q_BLNH), lse[:, :, 0], heads_inside(t_out, q_BLNH), t_lse[:, :, 0]
 
 
 def backward(
@@ -105,7 +110,7 @@ def backward(
 
     FlashAttention-2 (Dao 2023), algorithm 2. The gradient of lse with respect to logits is p: dlse shifts delta.
     """
-    q, k, v, out, dout = (_heads_outside(x) for x in (q_BLNH, k_BSNH, v_BSNH, out_BLNH, dout_BLNH))
+    q, k, v, out, dout = (heads_outside(x) for x in (q_BLNH, k_BSNH, v_BSNH, out_BLNH, dout_BLNH))
     delta_BNL = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
     if dlse_BNL is not None:
         delta_BNL -= dlse_BNL
@@ -114,13 +119,13 @@ def backward(
     parts = pl.cdiv(_vmem_bytes(length, head_dim), DQ_BYTES)
     dtype = q.dtype if parts == 1 else jnp.float32
     rows = pl.cdiv(length, parts)
-    dqs, dk, dv = [], 0, 0
+    gradients = []
     for start in range(0, length, rows):
         part = [x[:, :, start : start + rows] for x in (q, dout, lse_BNL, delta_BNL)]
-        dq, more_dk, more_dv = _pull_back(part, k, v, scale=scale, dtype=dtype)
-        dqs.append(dq)
-        dk, dv = dk + more_dk, dv + more_dv
-    return _heads_inside(jnp.concatenate(dqs, axis=2), q_BLNH), _heads_inside(dk, k_BSNH), _heads_inside(dv, v_BSNH)
+        gradients.append(_pull_back(part, k, v, scale=scale, dtype=dtype))
+    dqs, dks, dvs = zip(*gradients, strict=True)
+    dq, dk, dv = jnp.concatenate(dqs, axis=2), functools.reduce(jnp.add, dks), functools.reduce(jnp.add, dvs)
+    return heads_inside(dq, q_BLNH), heads_inside(dk, k_BSNH), heads_inside(dv, v_BSNH)
 
 
 def _attend(q, k, v, tq, tk, tv, *, scale, with_tangent):
@@ -376,14 +381,3 @@ def _cost(q, k, matmuls, once, repeated, repeats):
     return pl.CostEstimate(
         flops=2 * matmuls * logits * head_dim, transcendentals=logits, bytes_accessed=once + repeats * repeated
     )
-
-
-def _heads_outside(x_BLNH):
-    if x_BLNH.dtype == jnp.float64:
-        raise ValueError('q.dtype=float64 is not for implementation="mosaic_tpu": cast q, k and v to float32')
-    x_BNLH = jnp.swapaxes(x_BLNH, 1, 2)
-    return x_BNLH.astype(jnp.float32) if x_BNLH.dtype == jnp.float16 else x_BNLH
-
-
-def _heads_inside(x_BNLH, like):
-    return jnp.swapaxes(x_BNLH, 1, 2).astype(like.dtype)

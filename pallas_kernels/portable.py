@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.operands import heads_inside, heads_outside
+
 BLOCK = 512
 
 
@@ -23,9 +25,9 @@ def forward(
     q_BLNH: Float[Array, "b l n h"], k_BSNH: Float[Array, "b s n h"], v_BSNH: Float[Array, "b s n h"], *, scale: float
 ) -> tuple[Float[Array, "b l n h"], Float[Array, "b n l"]]:
     """Returns out = softmax(scale q k^T) v, and lse, the logarithm of each row's sum of exponentials."""
-    q, k, v = (_heads_outside(x) for x in (q_BLNH, k_BSNH, v_BSNH))
+    q, k, v = (heads_outside(x) for x in (q_BLNH, k_BSNH, v_BSNH))
     out, lse = _attend_blocks(functools.partial(_value, scale=scale), (q,), (k, v))
-    return _heads_inside(out, q_BLNH), lse
+    return heads_inside(out, q_BLNH), lse
 
 
 def forward_with_tangent(
@@ -43,10 +45,10 @@ def forward_with_tangent(
     A tangent of None is zero and spares its matmuls.
     """
     operands = (q_BLNH, k_BSNH, v_BSNH, tq_BLNH, tk_BSNH, tv_BSNH)
-    q, k, v, tq, tk, tv = (None if x is None else _heads_outside(x) for x in operands)
+    q, k, v, tq, tk, tv = (None if x is None else heads_outside(x) for x in operands)
     attend = functools.partial(_value_and_tangent, scale=scale)
     out, lse, t_out, t_lse = _attend_blocks(attend, (q, tq), (k, v, tk, tv))
-    return _heads_inside(out, q_BLNH), lse, _heads_inside(t_out, q_BLNH), t_lse
+    return heads_inside(out, q_BLNH), lse, heads_inside(t_out, q_BLNH), t_lse
 
 
 def backward(
@@ -64,7 +66,7 @@ def backward(
 
     FlashAttention-2 (Dao 2023), algorithm 2. The gradient of lse with respect to logits is p: dlse shifts delta.
     """
-    q, k, v, out, dout = (_heads_outside(x) for x in (q_BLNH, k_BSNH, v_BSNH, out_BLNH, dout_BLNH))
+    q, k, v, out, dout = (heads_outside(x) for x in (q_BLNH, k_BSNH, v_BSNH, out_BLNH, dout_BLNH))
     delta = _dot("bnlh,bnlh->bnl", out, dout)
     if dlse_BNL is not None:
         delta -= dlse_BNL
@@ -87,7 +89,7 @@ def backward(
         return more if sums is None else jax.tree.map(jnp.add, sums, more), dq
 
     (dk, dv), dq = _scan_blocks(pull_back_queries, (q, dout, lse_BNL, delta))
-    return _heads_inside(dq, q_BLNH), _heads_inside(dk, k_BSNH), _heads_inside(dv, v_BSNH)
+    return heads_inside(dq, q_BLNH), heads_inside(dk, k_BSNH), heads_inside(dv, v_BSNH)
 
 
 def _attend_blocks(attend, queries, keys) -> tuple[Array, ...]:
@@ -176,12 +178,3 @@ def _scan_blocks(step, rows) -> tuple[Any, Any]:
 def _dot(equation, x, y):
     """Operands in the dtype of y, sums in float32 at least."""
     return jnp.einsum(equation, x.astype(y.dtype), y, preferred_element_type=jnp.promote_types(y.dtype, jnp.float32))
-
-
-def _heads_outside(x_BLNH):
-    x_BNLH = jnp.swapaxes(x_BLNH, 1, 2)
-    return x_BNLH.astype(jnp.float32) if x_BNLH.dtype == jnp.float16 else x_BNLH
-
-
-def _heads_inside(x_BNLH, like):
-    return jnp.swapaxes(x_BNLH, 1, 2).astype(like.dtype)

@@ -121,7 +121,7 @@ def test_the_gradient_of_lse_is_not_left_to_cudnn():
     [
         ("mosaic_gpu", jnp.float32, 64, "takes bfloat16, not float32"),
         ("mosaic_gpu", jnp.bfloat16, 160, "takes head dims up to 128, not 160"),
-        ("cudnn", jnp.float32, 64, "takes bfloat16 and float16, not float32"),
+        ("cudnn", jnp.float32, 64, "takes bfloat16, float16, not float32"),
         ("cudnn", jnp.float16, 60, "takes head dims up to 128 that are multiples of 8, not 60"),
     ],
 )

@@ -5,6 +5,7 @@ The interpreter runs kernels on the CPU. libtpu compiles them for TPUs that this
 
 import functools
 import math
+import sys
 from collections.abc import Iterator
 from unittest import mock
 
@@ -171,9 +172,10 @@ def test_compiles_to_one_kernel_in_linear_memory(chip, kernel, shape):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("dim", "dtype"), [(16, "bfloat16"), (72, "float16"), (256, "bfloat16"), (256, "float32")])
 def test_compiles_for_other_head_dims_and_dtypes(kernel, dim, dtype):
+    """At lengths that fill tiles, for a bound of memory is one of whole tiles."""
     make = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(devices("v5p")[0]))
     f = jax.jit(functools.partial(getattr(mosaic_tpu, kernel), scale=0.1))
-    assert kernels(f.lower(*arguments(kernel, (1, 1, 77, 200, dim), dtype, make)).compile()) == 1
+    assert kernels(f.lower(*arguments(kernel, (1, 1, 2000, 3000, dim), dtype, make)).compile()) == 1
 
 
 @pytest.mark.usefixtures("no_cache")
@@ -200,8 +202,24 @@ def test_training_step_runs_each_kernel_once():
     assert not [name for name in ("all-gather", "all-reduce", "all-to-all") if name in compiled.as_text()]
 
 
-def test_float64_is_refused():
+@pytest.mark.parametrize(
+    ("dtype", "dim", "message"),
+    [
+        ("float64", 8, r"takes bfloat16, float16, float32, not float64: pass \"auto\""),
+        ("bfloat16", 264, r"takes head dims up to 256, not 264: pass \"auto\""),
+    ],
+)
+def test_what_it_does_not_serve_is_refused_by_name_and_goes_to_plain_jax_by_auto(dtype, dim, message):
     with jax.enable_x64(True):
-        x = jnp.zeros((1, 4, 1, 8), jnp.float64)
-        with pytest.raises(ValueError, match=r"float64 is not for implementation=\"mosaic_tpu\": cast q, k and v"):
+        x = jnp.ones((1, 4, 1, dim), dtype)
+        with pytest.raises(NotImplementedError, match=message):
             attention(x, x, x, implementation="mosaic_tpu")
+        with mock.patch.object(sys.modules["pallas_kernels.attention"], "_architecture", return_value="tpu"):
+            program = jax.jit(attention).trace(x, x, x).jaxpr
+    assert "pallas_call" not in str(program)
+
+
+def test_what_it_serves_goes_to_it_by_auto():
+    x = jnp.ones((1, 4, 1, 256), jnp.bfloat16)
+    with mock.patch.object(sys.modules["pallas_kernels.attention"], "_architecture", return_value="tpu"):
+        assert "pallas_call" in str(jax.jit(attention).trace(x, x, x).jaxpr)
