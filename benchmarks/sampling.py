@@ -10,14 +10,21 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rcm_jax import media
+import jax
+import jax.numpy as jnp
+
+from benchmarks import processes
+from rcm_jax import inference, media
+from rcm_jax.convert.loading import in_dtype
+from rcm_jax.models import umt5, vae
+from rcm_jax.models.functional import functional
+from rcm_jax.models.presets import PRESETS, create_network
 from rcm_jax.published import FEW_STEPS, SAMPLERS, find_published, parse_size
 
 STAGES = ("text", "network", "decoder")
@@ -43,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {}
     print(HEAD)
     for stage in STAGES:
-        results[stage] = _measure_apart(stage, words)
+        results[stage] = processes.measure_apart("benchmarks.sampling", [*words, f"--only={stage}"])
         print(_row(stage, results[stage]), flush=True)
     if all("seconds" in result for result in results.values()):
         frames = arguments.frames or find_published(arguments.model).frames
@@ -57,15 +64,13 @@ def main(argv: list[str] | None = None) -> None:
 def measure(stage: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a stage for one video, compiled and the first time, and the peak of the device's memory."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else the peak is what JAX reserves
-    import jax
-
     run = {"text": prepare_text, "network": prepare_network, "decoder": prepare_decoder}[stage](arguments)
     first, *others = (_seconds(run) for _ in range(1 + arguments.repeats))
     device = jax.devices()[0]
     return {
         "seconds": statistics.median(others or [first]),
         "first_seconds": first,
-        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "peak_bytes": processes.peak_bytes(device),
         "device": device.device_kind,
         "jax": jax.__version__,
     }
@@ -73,12 +78,6 @@ def measure(stage: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def prepare_text(arguments: argparse.Namespace) -> Callable[[], Any]:
     """Encodes one caption."""
-    import jax
-    import jax.numpy as jnp
-
-    from rcm_jax.models import umt5
-    from rcm_jax.models.functional import functional
-
     config = umt5.PRESETS[find_published(arguments.model).text_encoder]
     network = functional(lambda rngs: umt5.T5Encoder(config, dtype=jnp.bfloat16, rngs=rngs))
     params, apply = random_params(network), jax.jit(network.apply)
@@ -88,12 +87,6 @@ def prepare_text(arguments: argparse.Namespace) -> Callable[[], Any]:
 
 def prepare_network(arguments: argparse.Namespace) -> Callable[[], Any]:
     """Samples one latent, with guidance if the sampler is a teacher's."""
-    import jax
-    import jax.numpy as jnp
-
-    from rcm_jax import inference
-    from rcm_jax.models.presets import PRESETS, create_network
-
     config, published = PRESETS[arguments.model], find_published(arguments.model)
     guidance = 1.0 if arguments.sampler.startswith("few-step") else published.guidance[0]
     settings = inference.Settings(arguments.sampler, arguments.steps, (guidance,), published.shift)
@@ -109,12 +102,6 @@ def prepare_network(arguments: argparse.Namespace) -> Callable[[], Any]:
 
 def prepare_decoder(arguments: argparse.Namespace) -> Callable[[], Any]:
     """Decodes one latent."""
-    import jax
-    import jax.numpy as jnp
-
-    from rcm_jax.models import vae
-    from rcm_jax.models.functional import functional
-
     config = vae.PRESETS[find_published(arguments.model).vae]
     network = functional(lambda rngs: vae.Decoder(config, dtype=jnp.bfloat16, rngs=rngs))
     params, apply = random_params(network), jax.jit(network.apply)
@@ -124,11 +111,6 @@ def prepare_decoder(arguments: argparse.Namespace) -> Callable[[], Any]:
 
 def random_params(network: Any) -> dict[str, Any]:
     """Small random numbers, in the dtypes of loaded checkpoints."""
-    import jax
-    import jax.numpy as jnp
-
-    from rcm_jax.convert.loading import in_dtype
-
     leaves, structure = jax.tree.flatten(in_dtype(network.abstract_params(), jnp.bfloat16))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     draw = jax.jit(lambda key, shape, dtype: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=(1, 2))
@@ -136,34 +118,21 @@ def random_params(network: Any) -> dict[str, Any]:
 
 
 def _latent_shape(arguments: argparse.Namespace) -> tuple[int, int, int, int]:
-    from rcm_jax import inference
-    from rcm_jax.models import vae
-
     published = find_published(arguments.model)
     size = parse_size(arguments.size or published.size)
     return inference.latent_shape(vae.PRESETS[published.vae], size, arguments.frames or published.frames)
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    import jax
-
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
 
 
-def _measure_apart(stage: str, words: list[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.sampling", *words, f"--only={stage}"]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if run.returncode:
-        return {"missing": f"the process ended with {run.returncode}"}
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 def _row(stage: str, result: dict[str, Any]) -> str:
     if "missing" in result:
         return f"| {stage} | {result['missing']} | | | |"
-    peak = "not known" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**30:.2f}"
+    peak = processes.format_peak(result["peak_bytes"])
     return f"| {stage} | {result['seconds']:.3f} | {result['first_seconds']:.1f} | {peak} | {result['device']} |"
 
 

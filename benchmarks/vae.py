@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from benchmarks import processes
 from rcm_jax import media
+from rcm_jax.models import vae
+from rcm_jax.models.functional import functional
 
 TASKS = ("encode", "decode")
 FORMS = ("images", "frames", "sums")
@@ -38,13 +44,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.only:
         task, library, form = arguments.only.split(":")
-        measure = measure_torch if library == "torch" else measure_jax
-        print(json.dumps(measure(arguments.model, task, form, tuple(arguments.shape), arguments.repeats)))
+        what = (arguments.model, task, tuple(arguments.shape), arguments.repeats)
+        print(json.dumps(measure_torch(*what) if library == "torch" else measure_jax(*what, form)))
         return
     results = []
     for task in TASKS:
         for library, form in [*(("jax", form) for form in arguments.forms), ("torch", "frames")]:
-            found = _measure_apart(f"{task}:{library}:{form}")
+            words = [*sys.argv[1:], f"--only={task}:{library}:{form}"]
+            found = processes.measure_apart("benchmarks.vae", words)
             results.append({"task": task, "library": library, "form": form, **found})
             print(_row(results[-1]) if len(results) > 1 else f"{HEAD}\n{_row(results[-1])}", flush=True)
     if arguments.out:
@@ -52,15 +59,9 @@ def main() -> None:
         media.write_file(arguments.out, media.json_text({"command": command, "results": results}, indent=1).encode())
 
 
-def measure_jax(model: str, task: str, form: str, shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
+def measure_jax(model: str, task: str, shape: tuple[int, int, int], repeats: int, form: str) -> dict[str, Any]:
     """Of our encoder or decoder on the first device."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else the peak is what JAX reserves
-    import jax
-    import jax.numpy as jnp
-
-    from rcm_jax.models import vae
-    from rcm_jax.models.functional import functional
-
     config, part = vae.PRESETS[model], {"encode": vae.Encoder, "decode": vae.Decoder}[task]
     network = functional(lambda rngs: part(config, dtype=jnp.bfloat16, rngs=rngs))
     halve = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)  # noqa: E731
@@ -73,14 +74,13 @@ def measure_jax(model: str, task: str, form: str, shape: tuple[int, int, int], r
         compile_seconds = time.perf_counter() - start
     device = jax.devices()[0]
     seconds = _seconds(lambda: jax.block_until_ready(run(params, x)), repeats)
-    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
     versions = {"jax": jax.__version__, "device": device.device_kind}
+    peak = processes.peak_bytes(device)
     return {"seconds": seconds, "peak_bytes": peak, "compile_seconds": compile_seconds, **versions}
 
 
-def measure_torch(model: str, task: str, form: str, shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
+def measure_torch(model: str, task: str, shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     """Of diffusers' autoencoder on a GPU; a reason in place of numbers if that is not to be had."""
-    del form
     try:
         import diffusers
         import torch
@@ -88,9 +88,7 @@ def measure_torch(model: str, task: str, form: str, shape: tuple[int, int, int],
         return {"missing": f"{error.name} is not installed"}
     if not torch.cuda.is_available():
         return {"missing": "PyTorch finds no GPU"}
-    from rcm_jax.models.vae import PRESETS
-
-    config = PRESETS[model]
+    config = vae.PRESETS[model]
     torch.backends.cudnn.benchmark = True
     network = diffusers.AutoencoderKLWan(
         base_dim=config.encoder_dim,
@@ -118,8 +116,6 @@ def measure_torch(model: str, task: str, form: str, shape: tuple[int, int, int],
 
 def convolve_frames(x_BTHWC: Any, kernel_THWIO: Any, time_stride: int) -> Any:
     """vae.convolve as one convolution over three axes."""
-    from jax import lax
-
     margin = (kernel_THWIO.shape[1] // 2,) * 2
     return lax.conv_general_dilated(
         x_BTHWC,
@@ -132,8 +128,6 @@ def convolve_frames(x_BTHWC: Any, kernel_THWIO: Any, time_stride: int) -> Any:
 
 def convolve_and_add(x_BTHWC: Any, kernel_THWIO: Any, time_stride: int) -> Any:
     """vae.convolve as the sum of one convolution of images for each frame under the window."""
-    from jax import lax
-
     window, (batch, frames, *image) = len(kernel_THWIO), x_BTHWC.shape
     ends = frames - window + 1
     parts = []
@@ -161,14 +155,6 @@ def _seconds(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def _measure_apart(which: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.vae", *sys.argv[1:], f"--only={which}"]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if run.returncode:
-        return {"missing": f"the process ended with {run.returncode}"}
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 HEAD = "| task | library | convolution over | seconds | peak GiB | device |\n|---|---|---|---|---|---|"
 
 
@@ -176,7 +162,7 @@ def _row(result: dict[str, Any]) -> str:
     start = f"| {result['task']} | {result['library']} | {result['form']} |"
     if "missing" in result:
         return f"{start} {result['missing']} | | |"
-    peak = "not known" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**30:.2f}"
+    peak = processes.format_peak(result["peak_bytes"])
     return f"{start} {result['seconds']:.3f} | {peak} | {result['device']} |"
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from theirs import create_autoencoder, create_random
 
 from rcm_jax.convert.places import params_from_published, published_tensors
 from rcm_jax.convert.vae import vae_table
@@ -27,24 +27,7 @@ CONFIGS = {
 @functools.cache
 def theirs(name):
     """diffusers' network, its norms and biases moved away from one and zero."""
-    config = CONFIGS[name]
-    torch.manual_seed(0)
-    network = AutoencoderKLWan(
-        base_dim=config.encoder_dim,
-        decoder_base_dim=config.decoder_dim,
-        z_dim=config.latent_channels,
-        latents_mean=list(config.latent_mean),
-        latents_std=list(config.latent_std),
-        is_residual=config.shortcuts,
-        in_channels=config.pixel_channels,
-        out_channels=config.pixel_channels,
-        patch_size=config.patch if config.patch > 1 else None,
-        scale_factor_spatial=8 * config.patch,
-    )
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return network.eval()
+    return create_random(lambda: create_autoencoder(CONFIGS[name]))
 
 
 def tensors(name):

@@ -69,19 +69,7 @@ def create_cosmos(config):
 
 
 def create_wan(config):
-    model = diffusers.WanTransformer3DModel(
-        patch_size=config.patch,
-        num_attention_heads=config.heads,
-        attention_head_dim=config.head_dim,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        text_dim=config.text_dim,
-        freq_dim=config.time_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.layers,
-        image_dim=config.image_dim if config.image_tokens else None,
-        added_kv_proj_dim=config.dim if config.image_tokens else None,
-    )
+    model = diffusers.WanTransformer3DModel.from_config(wan_names.diffusers_settings(config))
     model.condition_embedder.timesteps_proj = Sinusoids(config.time_dim // 2)
     return model
 

@@ -14,6 +14,7 @@ import torch
 from diffusers.models.transformers import transformer_cosmos
 from diffusers.pipelines.cosmos import pipeline_cosmos2_video2world
 from PIL import Image
+from theirs import create_autoencoder, create_random
 
 from rcm_jax import inference, sampling
 from rcm_jax.convert.loading import open_autoencoder, open_transformer
@@ -34,15 +35,6 @@ class UniPC(diffusers.UniPCMultistepScheduler):
         self.timesteps = 1000.0 * self.sigmas[:-1]
 
 
-def moved(network, seed=0):
-    """Norms, biases and the last layer away from one and zero, every weight a little larger."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return network.eval()
-
-
 def saved(network, path):
     network.save_pretrained(path)
     return path
@@ -50,24 +42,11 @@ def saved(network, path):
 
 def their_autoencoder(name):
     config = dataclasses.replace(PRESETS[name], encoder_dim=4, decoder_dim=4, blocks=1)
-    network = diffusers.AutoencoderKLWan(
-        base_dim=config.encoder_dim,
-        decoder_base_dim=config.decoder_dim,
-        num_res_blocks=config.blocks,
-        z_dim=config.latent_channels,
-        latents_mean=list(config.latent_mean),
-        latents_std=list(config.latent_std),
-        is_residual=config.shortcuts,
-        in_channels=config.pixel_channels,
-        out_channels=config.pixel_channels,
-        patch_size=config.patch if config.patch > 1 else None,
-        scale_factor_spatial=8 * config.patch,
-    )
-    return config, moved(network)
+    return config, create_random(lambda: create_autoencoder(config))
 
 
 def their_wan(seed=0, **sizes):
-    return moved(diffusers.WanTransformer3DModel(**WAN | sizes), seed)
+    return create_random(lambda: diffusers.WanTransformer3DModel(**WAN | sizes), seed)
 
 
 def random_texts():
@@ -174,8 +153,9 @@ def test_cosmos(tmp_path, resize, monkeypatch):
     """Its pipeline draws the given frame's latent around the mean; here it takes the mean."""
     config, autoencoder = their_autoencoder("wan2.1")
     sizes = dict(in_channels=17, out_channels=16, max_size=(128, 240, 240), rope_scale=(1.0, 3.0, 3.0))
-    network = diffusers.CosmosTransformer3DModel(**COSMOS | sizes, concat_padding_mask=True, extra_pos_embed_type=None)
-    for block in moved(network).transformer_blocks:
+    sizes |= dict(concat_padding_mask=True, extra_pos_embed_type=None)
+    network = create_random(lambda: diffusers.CosmosTransformer3DModel(**COSMOS | sizes))
+    for block in network.transformer_blocks:
         for attention in (block.attn1, block.attn2):
             attention.norm_q.eps = attention.norm_k.eps = 1e-6  # NVIDIA's
     saved(network, tmp_path / "transformer")

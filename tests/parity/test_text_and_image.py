@@ -1,5 +1,6 @@
 """The text and image encoders against transformers, with random weights, in float32."""
 
+import copy
 import dataclasses
 import functools
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from safetensors.numpy import save_file
+from theirs import create_random
 
 from rcm_jax.convert.clip import clip_table, with_prefix
 from rcm_jax.convert.places import params_from_published, published_tensors
@@ -38,15 +40,6 @@ def fast_jit(function):
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def moved(network):
-    """The network, its norms and biases away from one and zero."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return network.eval()
-
-
 def numpy_tensors(network):
     return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
 
@@ -59,7 +52,7 @@ def their_t5(name):
         "t5-11b": (transformers.T5Config, transformers.T5EncoderModel),
     }[name]
     sizes = dict(vocab_size=c.vocabulary, d_model=c.dim, d_ff=c.ffn_dim, num_heads=c.heads, d_kv=c.head_dim)
-    return moved(network(config(**sizes, num_layers=c.layers)))
+    return create_random(lambda: network(config(**sizes, num_layers=c.layers)))
 
 
 @functools.cache
@@ -73,7 +66,7 @@ def their_clip():
         patch_size=CLIP.patch,
         hidden_act="gelu",
     )
-    return moved(transformers.CLIPVisionModel(config))
+    return create_random(lambda: transformers.CLIPVisionModel(config))
 
 
 def create_t5(name):
@@ -101,11 +94,12 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize("name", T5)
 def test_text_encoder(name):
-    """Long enough that distances share buckets and that some exceed the largest."""
+    """Long enough that distances share buckets and that some exceed the largest. Theirs runs in float64."""
     ids = np.random.default_rng(0).integers(0, 60, (2, 150))
     mask = np.arange(150)[None] < np.array([[150], [90]])
     with torch.no_grad():
-        expected = their_t5(name)(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.numpy()
+        network = copy.deepcopy(their_t5(name)).double()
+        expected = network(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.numpy()
     found = fast_jit(create_t5(name).apply)(t5_params(name), jnp.asarray(ids, jnp.int32), jnp.asarray(mask))
     assert_close(found, expected * mask[..., None])
 
