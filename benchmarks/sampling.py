@@ -119,8 +119,8 @@ def random_params(network: Any) -> dict[str, Any]:
 
 def _latent_shape(arguments: argparse.Namespace) -> tuple[int, int, int, int]:
     published = find_published(arguments.model)
-    size = parse_size(arguments.size or published.size)
-    return inference.latent_shape(vae.PRESETS[published.vae], size, arguments.frames or published.frames)
+    columns, rows = parse_size(arguments.size or published.size)
+    return vae.PRESETS[published.vae].latent_shape((arguments.frames or published.frames, rows, columns))
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -12,6 +12,7 @@ PNG, with the settings in the file's metadata.
 """
 
 import math
+import re
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,13 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--sampler", choices=SAMPLERS, help="few-step-... for distilled models (a recipe's default)")
     command.add_argument("--steps", type=int, metavar="N", help="steps (default: 4 of a distilled model)")
     command.add_argument("--seeds", default="0", metavar="N,N", help="seeds; each caption is sampled with each")
-    command.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="where the files go")
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("samples"),
+        metavar="DIR",
+        help="where the files go, numbered on from those there",
+    )
     of_model = _add_model_options(command)
     arguments, config = command.parse_optional(argv)
     with command.reports_user_errors():
@@ -126,8 +133,9 @@ def _sample_recipe(config: ConfigDict, arguments: Namespace) -> None:
         batch_size=min(len(rows), 80),
         label="sampling",
     )
-    for index, ((prompt, seed), latent) in enumerate(zip(rows, generated.latent_NTHWC, strict=True)):
-        path = arguments.out / f"{index:04d}_seed{seed}.mp4"
+    films = zip(rows, generated.latent_NTHWC, strict=True)
+    for number, ((prompt, seed), latent) in enumerate(films, _first_number(arguments.out)):
+        path = arguments.out / f"{number:04d}_seed{seed}.mp4"
         metadata = {"prompt": prompt, "seed": seed, "dit": str(weights), **settings}
         media.write_video(path, digits.latent_to_video(latent), fps=digits.FPS, scale=8, metadata=metadata)
         print(path)
@@ -160,15 +168,16 @@ def _sample_model(arguments: Namespace) -> None:
     condition = inference.Condition()
     if order.image is not None:
         condition = inference.encode_image(parts, order.image, media.cover(order.image, order.size), order.frames)
-    rows = [(number, seed) for number in range(len(texts.text_NSD)) for seed in order.seeds]
-    shape = inference.latent_shape(parts.autoencoder.config, order.size, order.frames)
+    rows = [(text, seed) for text in range(len(texts.text_NSD)) for seed in order.seeds]
+    shape = parts.autoencoder.config.latent_shape((order.frames, *reversed(order.size)))
     latents = inference.sample_latents(parts.transformer, texts, rows, shape, settings, condition)
     videos = inference.decode(parts.autoencoder, latents, tiled=bool(arguments.tile))
-    for index, ((number, seed), video_THWC) in enumerate(zip(rows, videos, strict=True)):
-        prompt = order.prompts[number] if order.prompts else None
-        metadata = {"prompt": prompt, "embedding": None if prompt else number, "seed": seed}
+    films = zip(rows, videos, strict=True)
+    for number, ((text, seed), video_THWC) in enumerate(films, _first_number(arguments.out)):
+        prompt = order.prompts[text] if order.prompts else None
+        metadata = {"prompt": prompt, "embedding": None if prompt else text, "seed": seed}
         metadata |= _metadata(arguments, order, parts.transformer.model)
-        path = arguments.out / f"{index:04d}_seed{seed}"
+        path = arguments.out / f"{number:04d}_seed{seed}"
         if order.frames == 1:
             path = path.with_suffix(".png")
             media.write_image(path, video_THWC[0], metadata=metadata)
@@ -176,6 +185,12 @@ def _sample_model(arguments: Namespace) -> None:
             path = path.with_suffix(".mp4")
             media.write_video(path, video_THWC, fps=order.fps, metadata=metadata)
         print(path)
+
+
+def _first_number(folder: Path) -> int:
+    """The number after those of the files that earlier commands left in a folder: none of them is written over."""
+    numbers = (re.match(r"(\d+)_seed", path.name) for path in folder.glob("*_seed*"))
+    return 1 + max((int(number[1]) for number in numbers if number), default=-1)
 
 
 def _check_order(arguments: Namespace) -> Order:

@@ -24,7 +24,7 @@ from rcm_jax.data.tokenizer import Tokens
 from rcm_jax.models import clip
 from rcm_jax.models.functional import Network
 from rcm_jax.models.presets import Config
-from rcm_jax.models.vae import Tiling, VAEConfig
+from rcm_jax.models.vae import Tiling
 from rcm_jax.models.wan import WanConfig
 from rcm_jax.published import SamplerName
 from rcm_jax.steps import guided
@@ -126,12 +126,6 @@ def encode_texts(parts: Parts, count: int) -> Texts:
     return Texts(text_NSD, negative_SD)
 
 
-def latent_shape(config: VAEConfig, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
-    """(T, H, W, C) of the latent of a video of `size` (width, height)."""
-    block = config.patch * config.space_factor
-    return 1 + (frames - 1) // config.frame_factor, size[1] // block, size[0] // block, config.latent_channels
-
-
 def encode_image(
     parts: Parts, whole_HWC: UInt8[np.ndarray, "y x 3"], image_HWC: UInt8[np.ndarray, "h w 3"], frames: int
 ) -> Condition:
@@ -157,7 +151,8 @@ def encode_image(
         return Condition(channels_BTHWC, _encode_tokens(parts.image_encoder, whole_HWC))
     if isinstance(config, WanConfig):
         return Condition(given_BTHWC=latent_BTHWC)
-    shape = latent_shape(parts.autoencoder.config, (image_HWC.shape[1], image_HWC.shape[0]), frames)
+    rows, columns, _ = image_HWC.shape
+    shape = parts.autoencoder.config.latent_shape((frames, rows, columns))
     return Condition(_first_frame((1, *shape), 1), given_BTHWC=latent_BTHWC, given_time=COSMOS_GIVEN_TIME)
 
 

@@ -164,6 +164,9 @@ def test_text_to_video(tmp_path, parts, capsys):
     (alone,) = run(tmp_path / "alone", *words, "--seeds=7")
     np.testing.assert_array_equal(frames_of(alone), videos[1])
     assert all(np.abs(videos[0] - other).max() > 1 for other in videos[1:])
+    kept = alone.read_bytes()
+    assert [path.name for path in run(alone.parent, *words, "--seeds=8")] == ["0000_seed7.mp4", "0001_seed8.mp4"]
+    assert alone.read_bytes() == kept
 
 
 def test_a_distilled_model_makes_an_image(tmp_path, parts):

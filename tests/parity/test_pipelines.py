@@ -69,13 +69,13 @@ def sample_ours(folder, model, config, settings, tokens=None):
     condition = inference.Condition()
     if "t2v" not in model:
         condition = inference.encode_image(parts, picture(), picture(), FRAMES)._replace(tokens_BND=tokens)
-    shape = inference.latent_shape(config, SIZE, FRAMES)
+    shape = config.latent_shape((FRAMES, *SIZE[::-1]))
     return inference.sample_latents(parts.transformer, random_texts(), [(0, SEED)], shape, settings, condition)[0]
 
 
 def pipeline_words(config, texts):
     """What every pipeline is called with."""
-    shape = inference.latent_shape(config, SIZE, FRAMES)
+    shape = config.latent_shape((FRAMES, *SIZE[::-1]))
     return dict(
         prompt_embeds=torch.from_numpy(texts.text_NSD),
         negative_prompt_embeds=torch.from_numpy(texts.negative_SD[None]),
