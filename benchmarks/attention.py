@@ -3,10 +3,11 @@
     python -m benchmarks.attention --out=benchmarks/results/attention.json --plot=benchmarks/results/attention.png \
         --rcm=PATH/rcm/utils/flash_attention_jvp_triton.py
 
-On an NVIDIA GPU. Rivals: cuDNN through JAX, and, where they are installed, cuDNN through PyTorch, tokamax, and rCM's
-Triton kernel, whose file is named by --rcm. TFLOP/s count 2 products for values, 6 for values with tangents, 5 for
-gradients, whatever a kernel does. Contestants take turns, `--rounds` times, on the same random inputs; the median
-counts. The error is the Frobenius norm against float64, relative, over some rows of one head.
+On an NVIDIA GPU. Rivals: cuDNN through JAX, and, where they are installed, cuDNN through PyTorch, tokamax,
+jvp_flash_attention, and rCM's Triton kernel, whose file is named by --rcm. TFLOP/s count 2 products for values, 6 for
+values with tangents, 5 for gradients, whatever a kernel does. Contestants take turns, `--rounds` times, on the same
+random inputs; the median counts. The error is the Frobenius norm against float64, relative, over some rows of one
+head.
 """
 
 import argparse
@@ -185,8 +186,12 @@ def torch_contestants(inputs: dict[str, jax.Array], name: str, rcm: Any) -> dict
 
         return {"cuDNN (PyTorch)": Contestant(value, wait, sample)}
     if name == "value and tangent":
-        run = functools.partial(rcm, q, k, v, tq, tk, tv) if rcm else None
-        return {"rCM (Triton)": Contestant(run, wait, sample)} if run else {}
+        runs = {"rCM (Triton)": functools.partial(rcm, q, k, v, tq, tk, tv)} if rcm else {}
+        if importlib.util.find_spec("jvp_flash_attention"):
+            from jvp_flash_attention.jvp_attention import JVPAttn
+
+            runs["jvp_flash_attention"] = functools.partial(torch.func.jvp, JVPAttn.fwd_dual, (q, k, v), (tq, tk, tv))
+        return {label: Contestant(run, wait, sample) for label, run in runs.items()}
     operands = [x.requires_grad_() for x in (q, k, v)]
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         result = attend(*operands)

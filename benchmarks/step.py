@@ -1,13 +1,17 @@
 """Time, memory and utilisation of the parts of a training step on one device: Wan 1.3B at 480p, random weights.
 
-    python -m benchmarks.step --out=benchmarks/results/step.json
+    python -m benchmarks.step --out=benchmarks/results/step.json --rcm=CHECKOUT --profile
 
 Batch 1, latents of 21 x 60 x 104, the recipe of configs/wan2_1_t2v_1_3b.py. The steps are those that `launch.train`
 compiles. Utilisation counts the operations of the model's products and attention, none that are made again, over
-the `--peak` of the device.
+the `--peak` of the device. With --rcm, a clone of https://github.com/NVlabs/rcm, its PyTorch networks make the same
+calls on the same device (benchmarks/official.py). With --profile the kernels of the sCM step are listed.
 """
 
 import argparse
+import functools
+import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks import kernels, processes
 from rcm_jax import media, sharding, train
 from rcm_jax.config import load
 from rcm_jax.models.wan import PRESETS, WanConfig
@@ -34,20 +39,40 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="timed runs of each part")
     parser.add_argument("--latent", type=int, nargs=3, default=LATENT, metavar=("T", "H", "W"))
     parser.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="values of the recipe to change")
+    parser.add_argument("--rcm", type=Path, metavar="DIR", help="a checkout of NVlabs/rcm, to measure its networks too")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of the sCM step")
     arguments = parser.parse_args()
-    rows = []
-    for row in measure(arguments.latent, arguments.override, arguments.repeat):
+    rival = measure_official(arguments) if arguments.rcm else {}
+    rows, profiles = [], []
+    for row in measure(arguments.latent, arguments.override, arguments.repeat, profiles if arguments.profile else None):
         row["utilisation"] = row["tflop"] / row["seconds"] / arguments.peak
         rows.append(row)
         print(row, flush=True)
     device = jax.devices()[0]
-    results = {"device": device.device_kind, "jax": jax.__version__, "latent": arguments.latent, "rows": rows}
+    results = {
+        "device": device.device_kind,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "command": " ".join(["python -m benchmarks.step", *sys.argv[1:]]),
+        "latent": arguments.latent,
+        "rows": rows,
+        "official": rival,
+        "kernels": profiles,
+    }
     media.write_file(arguments.out, media.json_text(results, indent=1).encode())
     print(table(results))
+    if profiles:
+        print(kernel_table(profiles))
 
 
-def measure(size: list[int], overrides: list[str], repeat: int):
-    """Yields a row for each part: forward passes, then whole steps."""
+def measure_official(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What benchmarks.official prints, measured in a process of its own that ends before ours takes the device."""
+    words = [f"--rcm={arguments.rcm}", f"--repeat={arguments.repeat}", "--latent", *map(str, arguments.latent)]
+    return processes.measure_apart("benchmarks.official", words)
+
+
+def measure(size: list[int], overrides: list[str], repeat: int, profiles: list[Any] | None):
+    """Yields a row for each part: forward passes, then whole steps. Adds the sCM step's kernels to `profiles`."""
     config = load(CONFIG, ["data.batch_size=1", *overrides])
     network, optimizers = train.create_network(config), train.create_optimizers(config)
     mesh, preset = sharding.make_mesh(), PRESETS[config.model.preset]
@@ -91,21 +116,33 @@ def measure(size: list[int], overrides: list[str], repeat: int):
     phases = {
         "sCM step": (Phase("student", frozenset({"scm"}), 1.0), scm, 1),
         "DMD step, mean of 4": (Phase("student", frozenset({"dmd"}), 1.0), dmd, 4),
-        "rCM step (sCM + DMD), mean of 4": (Phase("student", frozenset({"scm", "dmd"}), 1.0), scm + dmd, 4),
+        "rCM step, mean of 4": (Phase("student", frozenset({"scm", "dmd"}), 1.0), scm + dmd, 4),
         "critic step, mean of 4": (Phase("critic", frozenset(), 1.0), critic, 4),
     }
     for part, (phase, tflop, period) in phases.items():
+        step = compile_step(take_step, phase, state, batch)
         count = period * -(-repeat // period)
         for _ in range(period):
-            state, metrics = take_step(state, batch, phase)
+            state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
         start = time.perf_counter()
         for _ in range(count):
-            state, metrics = take_step(state, batch, phase)
+            state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
         seconds = (time.perf_counter() - start) / count
-        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-        yield {"part": part, "seconds": seconds, "tflop": tflop, "bytes": peak}
+        temporaries = step.memory_analysis().temp_size_in_bytes
+        yield {"part": part, "seconds": seconds, "tflop": tflop, "bytes": temporaries}
+    if profiles is not None:
+        unrecorded = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else None
+        step = compile_step(take_step, phases["sCM step"][0], state, batch, unrecorded)
+        state, _ = jax.block_until_ready(step(state, batch))
+        profiles += kernels.profile(lambda: step(state, batch))
+
+
+def compile_step(take_step: Callable, phase: Phase, state: Any, batch: Any, options: dict[str, Any] | None = None):
+    """The step of a phase, compiled for the state and batch at hand; the state is donated."""
+    step = jax.jit(functools.partial(take_step, phase=phase), donate_argnums=0)
+    return step.lower(state, batch).compile(compiler_options=options)
 
 
 def operations(preset: WanConfig, tokens: int) -> tuple[float, float, float]:
@@ -118,17 +155,39 @@ def operations(preset: WanConfig, tokens: int) -> tuple[float, float, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The Markdown table of a results file. Memory is that of temporaries for passes, the peak so far for steps."""
+    """The Markdown table of a results file. Memory is that of temporaries, beside the state."""
+    official = results["official"]
     lines = [
-        f"{results['device']}, jax {results['jax']}, latents of {' x '.join(map(str, results['latent']))}",
+        f"{results['device']}, jax {results['jax']}, latents of {' x '.join(map(str, results['latent']))}; official:"
+        f" {official.get('missing', official.get('torch', 'not measured'))}",
         "",
-        "| part | ms | TFLOP | utilisation | memory, GiB |",
-        "|---|---|---|---|---|",
+        "| part | ms | TFLOP | utilisation | memory, GiB | official, ms | ratio | official, GiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
         cells = f"{row['seconds'] * 1e3:,.0f} | {row['tflop']:,.0f} | {row['utilisation']:.0%}"
-        lines.append(f"| {row['part']} | {cells} | {row['bytes'] / 2**30:.1f} |")
+        cells += f" | {row['bytes'] / 2**30:.1f}"
+        theirs = official.get("parts", {}).get(row["part"])
+        cells += (
+            " | - | - | -"
+            if theirs is None
+            else (
+                f" | {theirs['seconds'] * 1e3:,.0f} | {theirs['seconds'] / row['seconds']:.2f}"
+                f" | {theirs['bytes'] / 2**30:.1f}"
+            )
+        )
+        lines.append(f"| {row['part']} | {cells} |")
     return "\n".join(lines)
+
+
+def kernel_table(profile: list[dict[str, Any]], count: int = 10) -> str:
+    """The Markdown table of the longest kernels, and the share of each kind."""
+    total = sum(kernel["seconds"] for kernel in profile)
+    lines = ["", "| kernel | kind | calls | ms | share |", "|---|---|---|---|---|"]
+    for kernel in profile[:count]:
+        cells = f"{kernel['calls']} | {kernel['seconds'] * 1e3:.0f} | {kernel['seconds'] / total:.1%}"
+        lines.append(f"| {kernel['kernel'][:80]} | {kernel['kind']} | {cells} |")
+    return "\n".join([*lines, "", ", ".join(f"{kind} {share:.1%}" for kind, share in kernels.shares(profile).items())])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from benchmarks import processes
+from benchmarks import processes, rivals
 from rcm_jax import media
 from rcm_jax.models import vae
 from rcm_jax.models.functional import functional
@@ -81,26 +81,12 @@ def measure_jax(model: str, task: str, shape: tuple[int, int, int], repeats: int
 
 def measure_torch(model: str, task: str, shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     """Of diffusers' autoencoder on a GPU; a reason in place of numbers if that is not to be had."""
-    try:
-        import diffusers
-        import torch
-    except ImportError as error:
-        return {"missing": f"{error.name} is not installed"}
-    if not torch.cuda.is_available():
-        return {"missing": "PyTorch finds no GPU"}
+    if fault := rivals.find_fault():
+        return {"missing": fault}
+    import torch
+
     config = vae.PRESETS[model]
-    torch.backends.cudnn.benchmark = True
-    network = diffusers.AutoencoderKLWan(
-        base_dim=config.encoder_dim,
-        decoder_base_dim=config.decoder_dim,
-        z_dim=config.latent_channels,
-        is_residual=config.shortcuts,
-        in_channels=config.pixel_channels,
-        out_channels=config.pixel_channels,
-        patch_size=config.patch if config.patch > 1 else None,
-        scale_factor_spatial=config.space_factor * config.patch,
-    )
-    network = network.to("cuda", torch.bfloat16).eval()
+    network = rivals.create_autoencoder(config)
     *sizes, channels = _shape(config, task, shape)
     x = torch.randn(1, channels, *sizes, device="cuda", dtype=torch.bfloat16)
 
@@ -110,8 +96,7 @@ def measure_torch(model: str, task: str, shape: tuple[int, int, int], repeats: i
         torch.cuda.synchronize()
 
     seconds = _seconds(run, repeats)
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "device": torch.cuda.get_device_name()}
-    return {"seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated(), **versions}
+    return {"seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated(), **rivals.find_versions()}
 
 
 def convolve_frames(x_BTHWC: Any, kernel_THWIO: Any, time_stride: int) -> Any:
