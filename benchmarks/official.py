@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 WAN = dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
-SIMULATION_STEPS = (1, 2, 3, 4)
+SIMULATION_STEPS = (1, 4)  # of 1, 2, 3 and 4 in turn: time is linear in them, so the mean of these is that of all
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import functools
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,14 @@ from rcm_jax.steps import guided
 
 LATENT = (21, 60, 104)
 CONFIG = Path(__file__).parent.parent / "configs" / "wan2_1_t2v_1_3b.py"
+PASSES = ("teacher, one pass", "teacher, guided pair", "student, value and tangent")
+# A backward simulation takes 1, 2, 3 and 4 student passes in turn: the mean of four steps counts.
+STEPS = {
+    "sCM step": (Phase("student", frozenset({"scm"}), 1.0), 1),
+    "DMD step, mean of 4": (Phase("student", frozenset({"dmd"}), 1.0), 4),
+    "rCM step, mean of 4": (Phase("student", frozenset({"scm", "dmd"}), 1.0), 4),
+    "critic step, mean of 4": (Phase("critic", frozenset(), 1.0), 4),
+}
 
 
 def main() -> None:
@@ -39,69 +47,54 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="timed runs of each part")
     parser.add_argument("--latent", type=int, nargs=3, default=LATENT, metavar=("T", "H", "W"))
     parser.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="values of the recipe to change")
+    parser.add_argument("--parts", nargs="+", choices=(*PASSES, *STEPS), default=(*PASSES, *STEPS), metavar="PART")
     parser.add_argument("--rcm", type=Path, metavar="DIR", help="a checkout of NVlabs/rcm, to measure its networks too")
-    parser.add_argument("--profile", action="store_true", help="list the kernels of the sCM step")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of each step")
     arguments = parser.parse_args()
-    rival = measure_official(arguments) if arguments.rcm else {}
-    rows, profiles = [], []
-    for row in measure(arguments.latent, arguments.override, arguments.repeat, profiles if arguments.profile else None):
-        row["utilisation"] = row["tflop"] / row["seconds"] / arguments.peak
-        rows.append(row)
-        print(row, flush=True)
-    device = jax.devices()[0]
     results = {
-        "device": device.device_kind,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
         "command": " ".join(["python -m benchmarks.step", *sys.argv[1:]]),
+        "python": platform.python_version(),
         "latent": arguments.latent,
-        "rows": rows,
-        "official": rival,
-        "kernels": profiles,
+        "official": measure_official(arguments) if arguments.rcm else {},
+        "rows": [],
     }
-    media.write_file(arguments.out, media.json_text(results, indent=1).encode())
+    for row in measure(arguments):
+        results["rows"].append(row | {"utilisation": row["tflop"] / row["seconds"] / arguments.peak})
+        results |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        media.write_file(arguments.out, media.json_text(results, indent=1).encode())
+        print(f"{row['part']}: {row['seconds'] * 1e3:.0f} ms", flush=True)
     print(table(results))
-    if profiles:
-        print(kernel_table(profiles))
+    for row in results["rows"]:
+        if row.get("kernels"):
+            print(f"\n{row['part']}\n\n{kernel_table(row['kernels'])}")
 
 
 def measure_official(arguments: argparse.Namespace) -> dict[str, Any]:
     """What benchmarks.official prints, measured in a process of its own that ends before ours takes the device."""
     words = [f"--rcm={arguments.rcm}", f"--repeat={arguments.repeat}", "--latent", *map(str, arguments.latent)]
-    return processes.measure_apart("benchmarks.official", words)
+    found = processes.measure_apart("benchmarks.official", words)
+    print(found, flush=True)
+    return found
 
 
-def measure(size: list[int], overrides: list[str], repeat: int, profiles: list[Any] | None):
-    """Yields a row for each part: forward passes, then whole steps. Adds the sCM step's kernels to `profiles`."""
-    config = load(CONFIG, ["data.batch_size=1", *overrides])
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields a row for each part that was asked for: forward passes, then whole steps."""
+    config = load(CONFIG, ["data.batch_size=1", *arguments.override])
     network, optimizers = train.create_network(config), train.create_optimizers(config)
     mesh, preset = sharding.make_mesh(), PRESETS[config.model.preset]
-    latent = (*size, preset.in_channels)
-    forward, tangent, gradient = operations(preset, preset.tokens(latent))
-    keys = jax.random.split(jax.random.key(0), 4)
+    latent = (*arguments.latent, preset.in_channels)
+    keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (1, *latent))
     text, negative = jax.random.normal(keys[1], (2, preset.text_length, preset.text_dim))
-    time_B = jnp.full((1,), 500.0)
     teacher = jax.jit(network.init)(keys[2])
+    counts = operations(preset, preset.tokens(latent))
 
-    def row(part: str, tflop: float, function: Callable, *operands: Any) -> dict[str, Any]:
-        compiled = jax.jit(function).lower(*operands).compile()
-        jax.block_until_ready(compiled(*operands))
-        start = time.perf_counter()
-        for _ in range(repeat):
-            jax.block_until_ready(compiled(*operands))
-        temporaries = compiled.memory_analysis().temp_size_in_bytes
-        return {"part": part, "seconds": (time.perf_counter() - start) / repeat, "tflop": tflop, "bytes": temporaries}
-
-    def value_and_tangent(params, x, time_B):
-        return jax.jvp(lambda x, t: network.apply(params, x, t, text[None], mode="forward"), (x, time_B), (x, time_B))
-
-    def guided_teacher(params, x, time_B):
-        return guided(network.apply, params, text[None], negative, 5.0)(x, time_B)
-
-    yield row("teacher, one pass", forward, lambda p, *a: network.apply(p, *a, text[None]), teacher, x, time_B)
-    yield row("teacher, guided pair", 2 * forward, guided_teacher, teacher, x, time_B)
-    yield row("student, value and tangent", forward + tangent, value_and_tangent, teacher, x, time_B)
+    for part in PASSES:
+        if part in arguments.parts:
+            run = jax.jit(one_pass(part, network.apply, text, negative))
+            operands = (teacher, x, jnp.full((1,), 500.0))
+            run = run.lower(*operands).compile()
+            yield time_part(part, run, functools.partial(run, *operands), arguments.repeat, counts)
 
     state = train.create_initial_state(config, network, optimizers, teacher)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, train.abstract_state(config, network, optimizers, mesh))
@@ -109,40 +102,61 @@ def measure(size: list[int], overrides: list[str], repeat: int, profiles: list[A
     del teacher
     take_step = train.compile_steps(config, network, optimizers, latent, negative, shardings)
     batch = jax.device_put({"latent": x, "text": text[None]}, sharding.batch_sharding(mesh))
+    # The profiler sees what XLA has recorded into a command buffer as one kernel.
+    unrecorded = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else None
+    for part, (phase, period) in STEPS.items():
+        if part in arguments.parts:
+            step = jax.jit(functools.partial(take_step, phase=phase), donate_argnums=0).lower(state, batch)
+            step = step.compile(compiler_options=unrecorded if arguments.profile else None)
+
+            def run(step=step):
+                nonlocal state
+                state, metrics = step(state, batch)
+                return metrics
+
+            row = time_part(part, step, run, period * -(-arguments.repeat // period), counts)
+            yield row | ({"kernels": kernels.profile(run)} if arguments.profile else {})
+
+
+def one_pass(part: str, apply: Callable, text: jax.Array, negative: jax.Array) -> Callable:
+    """(params, x, time) -> the results of a part of PASSES."""
+    if part == "teacher, one pass":
+        return lambda params, x, time_B: apply(params, x, time_B, text[None])
+    if part == "teacher, guided pair":
+        return lambda params, x, time_B: guided(apply, params, text[None], negative, 5.0)(x, time_B)
+
+    def value_and_tangent(params, x, time_B):
+        return jax.jvp(lambda x, t: apply(params, x, t, text[None], mode="forward"), (x, time_B), (x, time_B))
+
+    return value_and_tangent
+
+
+def time_part(part: str, compiled: Any, run: Callable[[], Any], repeat: int, counts: Any) -> dict[str, Any]:
+    """A row: mean seconds of `repeat` runs after one, operations, and bytes of temporaries."""
+    jax.block_until_ready(run())
+    start = time.perf_counter()
+    for _ in range(repeat):
+        results = run()
+    jax.block_until_ready(results)
+    seconds = (time.perf_counter() - start) / repeat
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return {"part": part, "seconds": seconds, "tflop": tflop_of(part, *counts), "bytes": temporaries}
+
+
+def tflop_of(part: str, forward: float, tangent: float, gradient: float) -> float:
+    """What a part needs, from what `operations` counts."""
     scm = 3 * forward + tangent + gradient
-    # The backward simulation runs 1, 2, 3 and 4 student passes in turn, the last of them with a gradient.
     dmd = (2.5 - 1) * forward + forward + gradient + 3 * forward
-    critic = 2.5 * forward + forward + gradient
-    phases = {
-        "sCM step": (Phase("student", frozenset({"scm"}), 1.0), scm, 1),
-        "DMD step, mean of 4": (Phase("student", frozenset({"dmd"}), 1.0), dmd, 4),
-        "rCM step, mean of 4": (Phase("student", frozenset({"scm", "dmd"}), 1.0), scm + dmd, 4),
-        "critic step, mean of 4": (Phase("critic", frozenset(), 1.0), critic, 4),
+    needed = {
+        "teacher, one pass": forward,
+        "teacher, guided pair": 2 * forward,
+        "student, value and tangent": forward + tangent,
+        "sCM step": scm,
+        "DMD step, mean of 4": dmd,
+        "rCM step, mean of 4": scm + dmd,
+        "critic step, mean of 4": 2.5 * forward + forward + gradient,
     }
-    for part, (phase, tflop, period) in phases.items():
-        step = compile_step(take_step, phase, state, batch)
-        count = period * -(-repeat // period)
-        for _ in range(period):
-            state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
-        start = time.perf_counter()
-        for _ in range(count):
-            state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-        seconds = (time.perf_counter() - start) / count
-        temporaries = step.memory_analysis().temp_size_in_bytes
-        yield {"part": part, "seconds": seconds, "tflop": tflop, "bytes": temporaries}
-    if profiles is not None:
-        unrecorded = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else None
-        step = compile_step(take_step, phases["sCM step"][0], state, batch, unrecorded)
-        state, _ = jax.block_until_ready(step(state, batch))
-        profiles += kernels.profile(lambda: step(state, batch))
-
-
-def compile_step(take_step: Callable, phase: Phase, state: Any, batch: Any, options: dict[str, Any] | None = None):
-    """The step of a phase, compiled for the state and batch at hand; the state is donated."""
-    step = jax.jit(functools.partial(take_step, phase=phase), donate_argnums=0)
-    return step.lower(state, batch).compile(compiler_options=options)
+    return needed[part]
 
 
 def operations(preset: WanConfig, tokens: int) -> tuple[float, float, float]:
@@ -183,7 +197,7 @@ def table(results: dict[str, Any]) -> str:
 def kernel_table(profile: list[dict[str, Any]], count: int = 10) -> str:
     """The Markdown table of the longest kernels, and the share of each kind."""
     total = sum(kernel["seconds"] for kernel in profile)
-    lines = ["", "| kernel | kind | calls | ms | share |", "|---|---|---|---|---|"]
+    lines = ["| kernel | kind | calls | ms | share |", "|---|---|---|---|---|"]
     for kernel in profile[:count]:
         cells = f"{kernel['calls']} | {kernel['seconds'] * 1e3:.0f} | {kernel['seconds'] / total:.1%}"
         lines.append(f"| {kernel['kernel'][:80]} | {kernel['kind']} | {cells} |")

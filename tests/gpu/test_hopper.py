@@ -1,6 +1,6 @@
 """The contract of test_attention.py on an NVIDIA Hopper GPU, for the kernels that run there and nowhere else.
 
-JAX_PLATFORMS=cuda,cpu python -m pytest tests/gpu
+JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false python -m pytest tests/gpu -n 8
 """
 
 import functools
@@ -46,12 +46,13 @@ def test_cudnn_has_the_value_and_gradient_of_plain_jax(case):
     """Within the rounding of its operands and results, each relative to the largest."""
     x = draw(case)
 
-    def value_and_gradient(implementation):
-        attend = functools.partial(attention, implementation=implementation)
-        out, pull_back = jax.vjp(attend, x["q"], x["k"], x["v"])
-        return out, *pull_back(x["dout"])
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradient(implementation, q, k, v, dout):
+        out, pull_back = jax.vjp(functools.partial(attention, implementation=implementation), q, k, v)
+        return out, *pull_back(dout)
 
-    for a, b in zip(value_and_gradient("cudnn"), value_and_gradient("portable"), strict=True):
+    operands = x["q"], x["k"], x["v"], x["dout"]
+    for a, b in zip(value_and_gradient("cudnn", *operands), value_and_gradient("portable", *operands), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.linalg.norm(a - b) <= 4 * jnp.finfo(case.dtype).eps * np.linalg.norm(b)
 
@@ -84,9 +85,8 @@ def test_in_shard_map():
     def value_and_tangent(x):
         return jax.jvp(lambda x: attention(x, x, x, mode="forward"), (x,), (3 * x,))
 
-    for a, b in zip(
-        jax.shard_map(value_and_tangent, mesh=mesh, in_specs=spec, out_specs=spec)(x), value_and_tangent(x), strict=True
-    ):
+    split = jax.shard_map(value_and_tangent, mesh=mesh, in_specs=spec, out_specs=spec)
+    for a, b in zip(jax.jit(split)(x), jax.jit(value_and_tangent)(x), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
