@@ -117,15 +117,17 @@ class Checkpoints:
         self._writing, self._failed = iteration, False
         return True
 
-    def save_and_wait(self, iteration: int, *args: Any) -> None:
+    def save_and_wait(self, iteration: int, *args: Any, removes_old: bool = True) -> None:
         """Saves, as `save` with `force`, and returns when the checkpoint is complete, after a few attempts if need be.
+
+        With `removes_old=False` all older checkpoints stay, for a state that may be worse than theirs.
 
         Raises:
             UserError: it could not be written.
         """
         for _ in range(ATTEMPTS):
             self.save(iteration, *args, force=True)
-            self._finish()
+            self._finish(removes_old=removes_old)
             if not self._failed:
                 return
         raise UserError(
@@ -218,7 +220,7 @@ class Checkpoints:
         if _everywhere(self._failure is not None or self._path(self._writing).exists()):
             self._finish()
 
-    def _finish(self) -> None:
+    def _finish(self, *, removes_old: bool = True) -> None:
         """Waits for the background write, if there is one; removes what is no longer needed, or reports its failure."""
         if self._writing is None:
             return
@@ -228,10 +230,10 @@ class Checkpoints:
             self._writer.wait_until_finished()
         except Exception as late_error:
             error = late_error
-        if _everywhere(error is None):
-            self._remove_old()
-        else:
+        if not _everywhere(error is None):
             self._report_failure(iteration, error)
+        elif removes_old:
+            self._remove_old()
 
     def _report_failure(self, iteration: int, error: Exception | None) -> None:
         self._failed = True

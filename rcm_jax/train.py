@@ -124,7 +124,7 @@ def _train(
             may_go_back = rollbacks < config.faults.rollbacks and not trouble.is_data
             restored = checkpoints.roll_back(trouble.sound, abstract, trouble.reason) if may_go_back else None
             if restored is None:
-                checkpoints.save_and_wait(iteration, state, batches, {"metrics": recent})
+                checkpoints.save_and_wait(iteration, state, batches, {"metrics": recent}, removes_old=False)
                 raise Halted(f"iteration {trouble.iteration}: {trouble.reason}; its batch lies in {workdir}/halted")
             (iteration, state), window, rollbacks = restored, [], rollbacks + 1
             guard.start(skipped=int(state.skipped))
