@@ -23,11 +23,11 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch.sample import read_prompts
 from rcm_jax import media
 from rcm_jax.checkpoint import load_safetensors
 from rcm_jax.config import LONGEST_MESSAGE, UserError, load
 from rcm_jax.data import text
+from rcm_jax.options import read_prompts
 
 RECIPE = Path(__file__).parent.parent / "configs" / "digits_rcm.py"
 SOUND = safetensors.numpy.save(
