@@ -240,6 +240,13 @@ def torch_zip(value):
     return file.getvalue()
 
 
+def misplaced(data):
+    """A .pt file whose zip directory says that the tensor's bytes lie far beyond its end."""
+    name = b"archive/data/0"
+    at = data.rindex(name) + len(name) + 20  # in the extra field: a head of 4 bytes, then three numbers of 8
+    return data[:at] + (2**62).to_bytes(8, "little") + data[at + 8 :]
+
+
 def bad_parts(folder):
     """Members that are not what a sample has, and what is said of each."""
     latent = np.zeros((5, 2, 3, 4), ml_dtypes.bfloat16)
@@ -247,6 +254,7 @@ def bad_parts(folder):
     yield {"embed_pt": None, "prompt_txt": None}, "lacks embed.pt and prompt.txt: fetch it again"
     yield {"latent_pt": b""}, "is no complete zip archive"
     yield {"latent_pt": encode_tensor(latent)[:-9]}, "is no complete zip archive"
+    yield {"latent_pt": misplaced(encode_tensor(latent))}, "has a zip directory that lies about data/0"
     yield {"latent_pt": torch_zip(pickle.dumps(Touch(f"{folder}/owned"), 2))}, "names io.open, which no weights need"
     yield {"latent_pt": torch_zip(pickle.dumps([1], 2))}, "holds no tensor where one of 4 axes"
     yield {"latent_pt": encode_tensor(latent[0])}, "holds a bfloat16 tensor of shape (2, 3, 4) where one of 4 axes"

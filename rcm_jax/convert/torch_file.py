@@ -130,12 +130,12 @@ class _Archive:
             raise refusal(str(self.region), f"lacks its entry {name}", "fetch it again")
         base, length = self.region.offset, self.region.length
         lie = refusal(str(self.region), f"has a zip directory that lies about {name}", "fetch it again")
-        if entry.header_offset < 0:
+        limit = self.region.path.stat().st_size - base if length is None else length
+        if not 0 <= entry.header_offset <= limit - 30:
             raise lie
         header = read_bytes(self.region.path, base + entry.header_offset, 30).tobytes()
         start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
         end = start + entry.file_size
-        limit = self.region.path.stat().st_size - base if length is None else length
         if header[:4] != b"PK\3\4" or end > limit:
             raise lie
         return base + start, entry.file_size
