@@ -99,7 +99,7 @@ def _check(arguments: Namespace) -> dict[str, str]:
         raise UserError(f"--max-bad {arguments.max_bad} must be at least 0 and less than 1")
     ours = {"out", "name", "max_bad"}
     given = {name: value for name, value in vars(arguments).items() if name not in ours and value is not None}
-    for name in given.keys() - TAKES[source] - {source}:
+    for name in sorted(given.keys() - TAKES[source] - {source}):
         raise UserError(f"{options.spell(name)} is of no use to {options.spell(source)}: leave it out")
     for name in NEEDS[source]:
         if name not in given:
@@ -107,9 +107,7 @@ def _check(arguments: Namespace) -> dict[str, str]:
     for name in ("shard_size", "repeat"):
         if name in given:
             options.positive(options.spell(name), given[name])
-    if not 0 <= given.get("seed", 0) < 2**31:
-        raise UserError(f"--seed {arguments.seed} must lie between 0 and {2**31 - 1}: choose another")
-    return {name: str(value) for name, value in given.items()}
+    return {name: " ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in given.items()}
 
 
 def _open_source(arguments: Namespace) -> Any:
@@ -123,6 +121,9 @@ def _open_source(arguments: Namespace) -> Any:
     fps = options.positive("--fps", published.fps if arguments.fps is None else arguments.fps)
     sampling = options.check_sampling(arguments, published)
     prompts = options.read_prompts(arguments.prompt_file) * (arguments.repeat or 1)
+    seed = arguments.seed or 0
+    if not 0 <= seed <= 2**31 - max(1, len(prompts)):
+        raise UserError(f"--seed {seed} must lie between 0 and {2**31 - 1}, with all that follow it: choose another")
     import jax.numpy as jnp
 
     from rcm_jax import inference, precompute
@@ -159,7 +160,7 @@ def _open_source(arguments: Namespace) -> Any:
         loading.open_transformer(arguments.dit, arguments.model, dtype=dtype),
         settings,
         latent_shape=config.latent_shape((frames, size[1], size[0])),
-        seed=arguments.seed or 0,
+        seed=seed,
         shard_size=shard_size,
     )
 

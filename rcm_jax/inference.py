@@ -122,7 +122,7 @@ def embed(text_encoder: Loadable, tokens: Tokens) -> Float[np.ndarray, "n s d"]:
 
 def encode_texts(parts: Parts, count: int) -> Texts:
     """Embeddings of the `count` captions, encoded one at a time, or those that were made before."""
-    encoded = np.empty((0,))
+    encoded = np.empty((0, 0, 0))
     if parts.text_encoder is not None and parts.tokens is not None:
         encoded = embed(parts.text_encoder, parts.tokens)
     text_NSD = parts.embedded["text"] if "text" in parts.embedded else encoded[:count]

@@ -32,7 +32,7 @@ def add_model(command: ArgumentParser) -> None:
         "--dit", "--weights", dest="dit", type=Path, nargs="+", metavar="PATH", help="the network; of Wan2.2 A14B two"
     )
     command.add_argument("--prompt-file", metavar="FILE", help="a text file with one caption a line")
-    command.add_argument("--sampler", choices=SAMPLERS, help="few-step-... for distilled models (a recipe's default)")
+    command.add_argument("--sampler", choices=SAMPLERS, help="few-step-... for distilled models (default: the model's)")
     command.add_argument("--steps", type=int, metavar="N", help="steps (default: 4 of a distilled model)")
 
 

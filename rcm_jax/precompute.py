@@ -82,7 +82,9 @@ def from_videos(
             for clip, text_SD in zip(tqdm(chosen, "videos", leave=False, disable=None), text_NSD, strict=True):
                 try:
                     if clip.caption is None:
-                        raise BadSampleError(f"{clip.path} has no caption: write {clip.path.with_suffix('.txt')}")
+                        raise BadSampleError(
+                            f"{clip.path} has no caption: give one, beside it or in the list, in UTF-8"
+                        )
                     video_THWC = videos.read_frames(clip.path, count=frames, fps=fps, size=size)
                 except BadSampleError as error:
                     yield error
@@ -221,7 +223,8 @@ def export_tar(data_set: Path, target: Path, *, shard_size: int, max_bad: float)
         write=lambda path, shard, sound: tar_shards.write_shard(path, sound, first=shard * shard_size),
         finish=finish,
     )
-    facts = {"source": str(data_set), "records": len(records), "shard_size": shard_size}
+    described = (data_set / "dataset_info.json").read_text()
+    facts = {"source": str(data_set), "described": digest(described), "shard_size": shard_size}
     write_shards(shards, target, facts, max_bad=max_bad)
 
 

@@ -222,7 +222,7 @@ def test_bad_videos_are_left_out_by_name(tmp_path, of_videos, folder, capsys):
     summary, said = json.loads((data_set / "precompute.json").read_text()), capsys.readouterr().err
     assert summary["samples"] == 2
     for name, fault in (
-        ("0.mp4", "has no caption: write"),
+        ("0.mp4", "has no caption: give one"),
         ("2.mp4", "lasts 0.50 s"),
         ("3.mp4", "cannot be read as a"),
     ):

@@ -204,7 +204,8 @@ def test_a_changed_bit_is_found_by_the_manifest(tmp_path):
         ("listed_shard_is_gone", "shard_000001.tar is no .tar file, nor a folder with one: check the path"),
         ("unlisted_shard", "shard_000002.tar is not listed in the manifest.json beside it: remove one of them"),
         ("no_json", "manifest.json must hold valid JSON"),
-        ("other_json", "manifest.json must list the hashes of each shard's samples"),
+        ("other_json", "manifest.json must list, by file names, the hashes of each shard's samples"),
+        ("path_that_climbs", "manifest.json must list, by file names, the hashes of each shard's samples"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(change, message, tmp_path):
@@ -218,8 +219,16 @@ def test_a_manifest_that_does_not_fit_is_refused(change, message, tmp_path):
             (folder / "manifest.json").write_bytes(b"{")
         case "other_json":
             (folder / "manifest.json").write_bytes(b'{"shards": {"shard_000000.tar": ["a"]}}')
+        case "path_that_climbs":
+            (folder / "manifest.json").write_bytes(b'{"shards": {"../shard_000000.tar": {}}}')
     with pytest.raises(UserError, match=message):
         tar_shards.open_shards([folder])
+
+
+def test_a_shard_that_is_given_twice_is_refused(tmp_path):
+    folder = write_set(tmp_path)
+    with pytest.raises(UserError, match=r"a \.tar file is given twice"):
+        tar_shards.open_shards([folder, folder / "shard_000001.tar"])
 
 
 class Touch:

@@ -63,18 +63,23 @@ def open_shards(paths: Sequence[Path]) -> list[Shard]:
     """Opens .tar files and folders of them, in the order of their names, and reads every header.
 
     Raises:
-        UserError: there is none, one is refused by tar_file.py, or one does not appear in the manifest beside it or is
-            missing there.
+        UserError: there is none, one is given twice or refused by tar_file.py, or a manifest lists others.
     """
-    files = []
-    for path in paths:
-        files += sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    files = [file for path in paths for file in _find(path)]
+    if len({file.resolve() for file in files}) < len(files):
+        raise UserError("a .tar file is given twice, alone or with its folder: name each once")
     manifests = {folder: read_manifest(folder) for folder in {file.parent for file in files}}
-    missing = [folder / name for folder in paths for name in manifests.get(folder) or () if folder / name not in files]
-    missing += [file for file in files if not file.is_file()]
-    if missing or not files:
-        raise UserError(f"{missing[0] if missing else paths[0]} is no .tar file, nor a folder with one: check the path")
     return [_open_shard(file, manifests[file.parent]) for file in files]
+
+
+def _find(path: Path) -> list[Path]:
+    """The .tar files that a path names: those of a folder, and those its manifest lists."""
+    listed = (read_manifest(path) or {}) if path.is_dir() else {}
+    files = sorted({*path.glob("*.tar"), *(path / name for name in listed)}) if path.is_dir() else [path]
+    missing = [file for file in files or [path] if not file.is_file()]
+    if missing:
+        raise UserError(f"{missing[0]} is no .tar file, nor a folder with one: check the path")
+    return files
 
 
 def _open_shard(path: Path, manifest: Mapping[str, Hashes] | None) -> Shard:
@@ -176,7 +181,14 @@ def read_manifest(folder: Path) -> dict[str, Hashes] | None:
         return None
     manifest = read_json(path)
     shards = manifest.get("shards") if isinstance(manifest, dict) else None
-    tables = shards.values() if isinstance(shards, dict) else [None]
-    if not all(isinstance(t, dict) and all(isinstance(hash_, str) for hash_ in t.values()) for t in tables):
-        raise refusal(path, "must list the hashes of each shard's samples", "fetch it again, or remove it")
+    is_table = isinstance(shards, dict) and all(
+        Path(name).name == name
+        and isinstance(hashes, dict)
+        and all(isinstance(hash_, str) for hash_ in hashes.values())
+        for name, hashes in shards.items()
+    )
+    if not is_table:
+        raise refusal(
+            path, "must list, by file names, the hashes of each shard's samples", "fetch it again, or remove it"
+        )
     return shards
