@@ -130,11 +130,11 @@ def test_archives_of_other_programs(kind, tmp_path):
     folder.type = tarfile.DIRTYPE
     stamped = tarfile.TarInfo("x.json")
     stamped.mtime = 0.5
-    first, second = members_of("./part/a"), members_of("b")
+    first, second = members_of("./part/a.v1"), members_of("b")
     mixed = [folder, first[0], second[2], stamped, second[0], first[2], second[1], first[1]]
     sound, bad = read(pack(tmp_path / "a.tar", mixed, kind))
     assert not bad
-    assert [sample.name.split()[1] for sample in sound] == ["part/a", "b"]
+    assert [sample.name.split()[1] for sample in sound] == ["part/a.v1", "b"]
     assert_same(sound, [SAMPLES[0]] * 2)
 
 

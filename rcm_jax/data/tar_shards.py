@@ -88,10 +88,10 @@ def _open_shard(path: Path, manifest: Mapping[str, Hashes] | None) -> Shard:
     members, fault = read_members(path)
     samples: dict[str, dict[str, Member]] = {}
     for member in members:
-        folder, _, name = member.name.rpartition("/")
-        key, _, suffix = name.partition(".")
-        if suffix in SUFFIXES:
-            samples.setdefault(f"{folder}/{key}" if folder else key, {})[suffix] = member
+        for suffix in SUFFIXES:
+            key = member.name.removesuffix(f".{suffix}")
+            if key != member.name:
+                samples.setdefault(key, {})[suffix] = member
     return Shard(path, samples, fault, None if manifest is None else manifest[path.name])
 
 
