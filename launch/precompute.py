@@ -25,7 +25,7 @@ from typing import Any
 from launch import keep_compilations
 from rcm_jax import options
 from rcm_jax.config import Command, UserError
-from rcm_jax.published import find_published
+from rcm_jax.published import Published, find_published
 
 SHARD_SIZE = 64
 MAX_BAD = 0.01
@@ -115,54 +115,59 @@ def _open_source(arguments: Namespace) -> Any:
     published = find_published(arguments.model)
     if published.image == "required":
         raise UserError(f"--model {arguments.model} starts from an image: choose a text-to-video model")
+    options.check_dtype(arguments)
     frames = options.check_frames(arguments, published)
     size = options.check_size(arguments.size or published.size, published.block)
-    shard_size = arguments.shard_size or SHARD_SIZE
+    open_ = _open_captions if arguments.videos is None else _open_videos
+    return open_(arguments, published, frames=frames, size=size, shard_size=arguments.shard_size or SHARD_SIZE)
+
+
+def _open_videos(arguments: Namespace, published: Published, *, size: tuple[int, int], **shape: int) -> Any:
     fps = options.positive("--fps", published.fps if arguments.fps is None else arguments.fps)
+    from rcm_jax import precompute
+    from rcm_jax.convert.loading import open_autoencoder
+    from rcm_jax.data.videos import list_clips
+    from rcm_jax.models import vae
+
+    clips, captions = list_clips(arguments.videos), _open_text(arguments, published)
+    autoencoder = open_autoencoder(arguments.vae, vae.PRESETS[published.vae], dtype=options.check_dtype(arguments))
+    tiled = bool(arguments.tile)
+    return precompute.from_videos(clips, captions, autoencoder, size=size, fps=fps, tiled=tiled, **shape)
+
+
+def _open_captions(
+    arguments: Namespace, published: Published, *, size: tuple[int, int], frames: int, shard_size: int
+) -> Any:
     sampling = options.check_sampling(arguments, published)
     prompts = options.read_prompts(arguments.prompt_file) * (arguments.repeat or 1)
     seed = arguments.seed or 0
     if not 0 <= seed <= 2**31 - max(1, len(prompts)):
         raise UserError(f"--seed {seed} must lie between 0 and {2**31 - 1}, with all that follow it: choose another")
-    import jax.numpy as jnp
-
     from rcm_jax import inference, precompute
-    from rcm_jax.convert import loading
-    from rcm_jax.data.videos import list_clips
-    from rcm_jax.models import umt5, vae
+    from rcm_jax.convert.loading import open_transformer
+    from rcm_jax.models import vae
 
-    dtype, config = jnp.dtype(options.check_dtype(arguments)), vae.PRESETS[published.vae]
-    clips = [] if arguments.videos is None else list_clips(arguments.videos)
-    tokenize, encoder = options.open_text_encoder(arguments, published, length=umt5.TEXT_LENGTH)
-    captions = precompute.Captions(
-        tokenize,
-        encoder,
-        length=umt5.TEXT_LENGTH,
-        dim=umt5.PRESETS[published.text_encoder].dim,
-        negative=published.negative if arguments.negative is None else arguments.negative,
-    )
-    if clips:
-        return precompute.from_videos(
-            clips,
-            captions,
-            loading.open_autoencoder(arguments.vae, config, dtype=dtype),
-            size=size,
-            frames=frames,
-            fps=fps,
-            tiled=bool(arguments.tile),
-            shard_size=shard_size,
-        )
     settings = inference.Settings(**sampling)
     inference.sample_times(settings)  # raises for steps that do not fit
     return precompute.from_captions(
         prompts,
-        captions,
-        loading.open_transformer(arguments.dit, arguments.model, dtype=dtype),
+        _open_text(arguments, published),
+        open_transformer(arguments.dit, arguments.model, dtype=options.check_dtype(arguments)),
         settings,
-        latent_shape=config.latent_shape((frames, size[1], size[0])),
+        latent_shape=vae.PRESETS[published.vae].latent_shape((frames, size[1], size[0])),
         seed=seed,
         shard_size=shard_size,
     )
+
+
+def _open_text(arguments: Namespace, published: Published) -> Any:
+    from rcm_jax.models import umt5
+    from rcm_jax.precompute import Captions
+
+    tokenize, encoder = options.open_text_encoder(arguments, published, length=umt5.TEXT_LENGTH)
+    dim = umt5.PRESETS[published.text_encoder].dim
+    negative = published.negative if arguments.negative is None else arguments.negative
+    return Captions(tokenize, encoder, umt5.TEXT_LENGTH, dim, negative)
 
 
 if __name__ == "__main__":
