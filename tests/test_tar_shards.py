@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -264,7 +265,10 @@ def bad_parts(folder):
     yield {"latent_pt": b""}, "is no complete zip archive"
     yield {"latent_pt": encode_tensor(latent)[:-9]}, "is no complete zip archive"
     yield {"latent_pt": misplaced(encode_tensor(latent))}, "has a zip directory that lies about data/0"
-    yield {"latent_pt": torch_zip(pickle.dumps(Touch(f"{folder}/owned"), 2))}, "names io.open, which no weights need"
+    yield (
+        {"latent_pt": torch_zip(pickle.dumps(Touch(f"{folder}/owned"), 2))},
+        "io.open, which no weights need, and is not run",
+    )
     yield {"latent_pt": torch_zip(pickle.dumps([1], 2))}, "holds no tensor where one of 4 axes"
     yield {"latent_pt": encode_tensor(latent[0])}, "holds a bfloat16 tensor of shape (2, 3, 4) where one of 4 axes"
     yield {"embed_pt": encode_tensor(np.zeros((6, 7), np.int64))}, "holds a int64 tensor of shape (6, 7)"
@@ -302,6 +306,21 @@ def test_too_many_bad_samples_stop_it(tmp_path, capsys):
     assert not (tmp_path / "mine").exists()
     run(tmp_path, f"--from-tar={path}", "--max-bad=0.5")
     assert len(pipeline.open_source("mine", tmp_path, "train")) == 2
+
+
+def test_memory_is_that_of_a_sample(tmp_path):
+    """However many a shard has, in and out."""
+    sample = Sample(np.ones((8, 32, 32, 16), np.float32), np.ones((6, 7), np.float32), "a fox", "")
+    shards = write_set(tmp_path / "shards", ([sample] * 48,))
+    tracemalloc.start()
+    try:
+        run(tmp_path, f"--from-tar={shards}")
+        run(tmp_path, f"--to-tar={tmp_path / 'again'}")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # As read, in the order of the record, as a record's bytes, and some of these twice.
+    assert peak < 12 * sample.latent_THWC.nbytes
 
 
 def test_a_tensor_is_written_as_it_is_read(tmp_path):
