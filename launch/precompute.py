@@ -14,7 +14,7 @@ of each frame. What is left out is as the model's authors have it.
 
 launch.train reads the set with --config.data.dir=DIR --config.data.name=NAME and
 --config.teacher.negative_path=DIR/NAME/negative.safetensors. An interrupted command goes on when it is given again.
-Networks are loaded once a shard; a shard's embeddings and latents are what is in memory at once.
+Networks are loaded once a shard; a shard's embeddings and latents, or a few videos, are in memory at once.
 """
 
 import re

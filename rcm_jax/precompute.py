@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from rcm_jax.data.shards import Shards, digest, split, write_shards
 from rcm_jax.data.tokenizer import Tokens
 
 NEGATIVE = "negative.safetensors"
+READERS = 8  # videos that are decoded at once, ahead of the network
 TRIED_FIRST = 100  # samples among which one must be sound
 
 
@@ -75,21 +77,26 @@ def from_videos(
 ) -> Source:
     """Samples of a user's own videos, cut to `frames` at `fps` a second and to `size` (width, height)."""
 
+    def read_frames(clip: videos.Clip) -> np.ndarray | BadSampleError:
+        if clip.caption is None:
+            return BadSampleError(f"{clip.path} has no caption: give one, beside it or in the list, in UTF-8")
+        try:
+            return videos.read_frames(clip.path, count=frames, fps=fps, size=size)
+        except BadSampleError as error:
+            return error
+
     def read(shard: int, _: np.ndarray | None) -> Iterator[Sample | BadSampleError]:
         chosen = clips[shard * shard_size : (shard + 1) * shard_size]
         text_NSD = captions.embed([clip.caption or "" for clip in chosen])
+        ahead = grain.ReadOptions(num_threads=READERS, prefetch_buffer_size=READERS)
+        films = grain.MapDataset.source(chosen).map(read_frames).to_iter_dataset(ahead)
+        bar = tqdm(films, "videos", len(chosen), leave=False, disable=None)
         with inference.video_encoder(autoencoder, tiled=tiled) as encode:
-            for clip, text_SD in zip(tqdm(chosen, "videos", leave=False, disable=None), text_NSD, strict=True):
-                try:
-                    if clip.caption is None:
-                        raise BadSampleError(
-                            f"{clip.path} has no caption: give one, beside it or in the list, in UTF-8"
-                        )
-                    video_THWC = videos.read_frames(clip.path, count=frames, fps=fps, size=size)
-                except BadSampleError as error:
-                    yield error
+            for clip, text_SD, film in zip(chosen, text_NSD, bar, strict=True):
+                if isinstance(film, BadSampleError):
+                    yield film
                 else:
-                    yield Sample(encode(video_THWC).astype(BFLOAT16), text_SD, clip.caption, str(clip.path))
+                    yield Sample(encode(film).astype(BFLOAT16), text_SD, clip.caption or "", str(clip.path))
 
     known = [(str(clip.path), clip.path.stat().st_size if clip.path.exists() else 0, clip.caption) for clip in clips]
     shape = autoencoder.config.latent_shape((frames, size[1], size[0]))

@@ -155,8 +155,9 @@ def read(monkeypatch):
     read, read_frames = Read(), videos.read_frames
 
     def watched(path, **how):
-        read.append(int(path.stem))
-        if read[-1] == read.last:
+        number = int(path.stem)
+        read.append(number)
+        if number == read.last:
             raise Kill
         return read_frames(path, **how)
 
@@ -176,7 +177,7 @@ def test_an_interrupted_command_goes_on(last, tmp_path, of_videos, read, capsys)
     read.clear()
     read.last = None
     data_set = run(tmp_path / "broken", *of_videos)
-    assert read == list(range(last // 2 * 2, 5))
+    assert sorted(read) == list(range(last // 2 * 2, 5))
     assert contents(data_set) == expected
     assert [path.name for path in data_set.parent.iterdir()] == ["mine"]
     capsys.readouterr()
