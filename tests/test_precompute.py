@@ -219,7 +219,7 @@ def test_bad_videos_are_left_out_by_name(tmp_path, of_videos, folder, capsys):
     assert "bad samples: 1, --max-bad allows 0: mend them or allow more. The first:" in refuse(
         tmp_path, of_videos, capsys
     )
-    data_set = run(tmp_path / "out", *of_videos, "--max-bad=0.6")
+    data_set = run(tmp_path / "out", *of_videos, "--max-bad=0.6", "--tile")
     summary, said = json.loads((data_set / "precompute.json").read_text()), capsys.readouterr().err
     assert summary["samples"] == 2
     for name, fault in (
@@ -237,9 +237,9 @@ def test_bad_videos_are_left_out_by_name(tmp_path, of_videos, folder, capsys):
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_a_list_of_videos(suffix, tmp_path, folder):
     """Paths are relative to the list; captions are its own."""
-    rows = [("3.mp4", 'a "red", cat'), ("0.mp4", "ein Füchslein")]
+    rows = [("3.mp4", 'a "red",\n cat'), ("0.mp4", "ein Füchslein")]
     if suffix == ".csv":
-        lines = ["caption,path", '"a ""red"", cat",3.mp4', "ein Füchslein,0.mp4"]
+        lines = ["caption,path", '"a ""red"",', ' cat",3.mp4', "ein Füchslein,0.mp4"]
     else:
         lines = ["", *(json.dumps({"path": path, "caption": caption, "fps": 3}) for path, caption in rows)]
     (folder / f"list{suffix}").write_text("\n".join(lines))
@@ -252,6 +252,7 @@ def test_a_list_of_videos(suffix, tmp_path, folder):
         ("list.jsonl", '{"path": "a", "caption": "b"}\n{"path": 3}', "list.jsonl, line 2 must be"),
         ("list.jsonl", "[" * 10**5, "list.jsonl, line 1 must be"),
         ("list.csv", "path,text\na,b", "list.csv, line 2 must be"),
+        ("list.csv", f"path,caption\na,{'b' * 2**20}", "list.csv, line 2: field larger than field limit"),
         ("list.csv", "", "has no video: give a folder"),
         ("list.csv", b"\xff", "cannot be read as a folder or a list in UTF-8"),
     ],

@@ -1,6 +1,7 @@
 """A user's own videos: which there are, their captions, and the frames that a model sees of them."""
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,23 +58,29 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--videos {path} cannot be read as a folder or a list in UTF-8: {error}") from None
-    if path.suffix == ".csv":
-        lines: Any = enumerate(csv.DictReader(text.splitlines()), 2)
-    else:
-        lines = ((number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
-    for number, line in lines:
-        row = line if isinstance(line, dict) else _parse(line)
+    for number, row in _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(text):
         if not (isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("path", "caption"))):
             rule = 'must be {"path": ..., "caption": ...}, or in a .csv file have these two columns'
             raise UserError(f"--videos {path}, line {number} {rule}: correct the line")
         yield row
 
 
-def _parse(line: str) -> Any:
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"--videos {path}, line {reader.line_num + 1}: {error}; correct the line") from None
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError):
+                yield number, None
 
 
 def read_frames(path: Path, *, count: int, fps: int, size: tuple[int, int]) -> UInt8[np.ndarray, "t h w 3"]:
