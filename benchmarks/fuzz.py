@@ -2,15 +2,18 @@
 
     python -m benchmarks.fuzz --examples=100000 --out=benchmarks/results/fuzz.json
 
-For overrides of the config, prompts, prompt files and safetensors files, hypothesis makes that many inputs each. Any
+For overrides of the config, prompts, prompt files, safetensors files and .tar shards, hypothesis makes that many inputs
+each. Any
 other exception, a message of several lines or of more than a few screens, or a file left behind ends it with the
 smallest input that shows the fault.
 """
 
 import argparse
+import io
 import json
 import os
 import platform
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,11 +26,13 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch.sample import read_prompts
 from rcm_jax import media
 from rcm_jax.checkpoint import load_safetensors
 from rcm_jax.config import LONGEST_MESSAGE, UserError, load
-from rcm_jax.data import text
+from rcm_jax.convert.torch_file import encode_tensor
+from rcm_jax.data import tar_file, tar_shards, text
+from rcm_jax.data.samples import BadSampleError
+from rcm_jax.options import read_prompts
 
 RECIPE = Path(__file__).parent.parent / "configs" / "digits_rcm.py"
 SOUND = safetensors.numpy.save(
@@ -79,6 +84,53 @@ def safetensors_files(draw: st.DrawFn) -> bytes:
     return draw(mostly(data, st.binary(max_size=60)))
 
 
+def sound_tar() -> bytes:
+    """A shard of two samples."""
+    file = io.BytesIO()
+    tensors = encode_tensor(np.zeros((2, 1, 1, 1), np.float32)), encode_tensor(np.zeros((2, 1), np.float16))
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for key in ("a", "b"):
+            for suffix, content in zip(tar_shards.SUFFIXES, (*tensors, b"a fox"), strict=True):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+SOUND_TAR = sound_tar()
+HEADERS = [
+    0,
+    *(at for at in range(tar_file.BLOCK, len(SOUND_TAR), tar_file.BLOCK) if SOUND_TAR[at + 257 : at + 262] == b"ustar"),
+]
+# Where a header says a name, a size, a kind, the format and a prefix, and what it may say there.
+fields = st.one_of(
+    st.tuples(st.just(0), st.sampled_from([b"a.latent.pt\0", b"/a.latent.pt\0", b"a/../b\0", b"\xff", b"\0", b"./"])),
+    st.tuples(
+        st.just(124), st.sampled_from([b"%011o\0" % n for n in (0, 3, 511, 512, 600, 8**11 - 1)] + [b"\x80", b"-1"])
+    ),
+    st.tuples(st.just(156), st.sampled_from([b"%c" % kind for kind in b"\x00\x301234567xgLKS~"])),
+    st.tuples(st.just(257), st.sampled_from([b"ustar  \0", bytes(8), b"ustar\x0000"])),
+    st.tuples(st.just(345), st.binary(max_size=8) | st.sampled_from([b"..", b"/", b"part"])),
+    st.tuples(st.integers(0, 511), st.binary(min_size=1, max_size=12)),
+)
+
+
+@st.composite
+def tar_files(draw: st.DrawFn) -> bytes:
+    """A sound shard with other headers, whose sums mostly fit, other bytes or an early end; or bytes at random."""
+    data = bytearray(SOUND_TAR)
+    for at in draw(st.lists(st.sampled_from(HEADERS), max_size=2)):
+        offset, value = draw(fields)
+        data[at + offset : at + offset + len(value)] = value
+        if draw(mostly(True, st.just(False))):
+            data[at + 148 : at + 156] = b" " * 8
+            data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + tar_file.BLOCK])
+    for place, value in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=2)):
+        data[place] = value
+    data = bytes(data[: draw(mostly(len(data), st.integers(0, len(data))))])
+    return draw(mostly(data, st.binary(max_size=1200)))
+
+
 def mostly(value: Any, others: st.SearchStrategy) -> st.SearchStrategy:
     """The value, four times in five."""
     return st.sampled_from([*4 * [st.just(value)], others]).flatmap(lambda chosen: chosen)
@@ -114,11 +166,22 @@ def read_safetensors(data: bytes, folder: Path) -> None:
     assert sum(tensor.nbytes for tensor in tensors.values()) <= len(data)
 
 
+def read_tar(data: bytes, folder: Path) -> None:
+    (folder / "input").write_bytes(data)
+    for shard in tar_shards.open_shards([folder / "input"]):
+        for sample in tar_shards.read_samples(shard):
+            if isinstance(sample, BadSampleError):
+                check_message(str(sample))
+            else:
+                assert sample.latent_THWC.nbytes + sample.text_SD.nbytes <= len(data)
+
+
 TARGETS: dict[str, tuple[Callable, st.SearchStrategy]] = {
     "config overrides": (read_override, overrides()),
     "prompts": (read_prompt, st.text() | st.text(max_size=5).map(lambda part: part * 5000)),
     "prompt files": (read_prompt_file, st.binary() | st.text().map(str.encode)),
     "safetensors files": (read_safetensors, safetensors_files()),
+    "tar shards": (read_tar, tar_files()),
 }
 
 

@@ -4,8 +4,9 @@
         --config.teacher.path=wan2.1_t2v_1.3b.safetensors --config.teacher.negative_path=negative.safetensors \
         --config.data.dir=DIR --config.data.name=FOLDER
 
-The data are TFDS records of latents (21, 60, 104, 16), umT5 embeddings (512, 4096) and prompts; the teacher is one
-safetensors file with Wan's tensor names. Each device of the mesh's data axis trains on whole videos.
+The data are TFDS records of latents (21, 60, 104, 16), umT5 embeddings (512, 4096) and prompts, which launch.precompute
+makes of videos, captions or official shards, negative.safetensors among them; the teacher is one safetensors file with
+Wan's tensor names. Each device of the mesh's data axis trains on whole videos.
 
 Hyper-parameters are those of the official code. The recipe has not been run: its whole state is built, by shape, in the
 tests.

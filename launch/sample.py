@@ -11,40 +11,24 @@ model's own sampler is a teacher's, so name a few-step one for a distilled model
 PNG, with the settings in the file's metadata.
 """
 
-import math
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from launch import keep_compilations
-from rcm_jax import media
+from rcm_jax import media, options
 from rcm_jax.config import Command, UserError
-from rcm_jax.published import (
-    FEW_STEPS,
-    FRAME_FACTOR,
-    RESOLUTIONS,
-    SAMPLERS,
-    Published,
-    find_published,
-    fit_size,
-    parse_size,
-)
+from rcm_jax.published import FEW_STEPS, Published, find_published
 
 
 def main(argv: list[str] | None = None) -> None:
     """Reads the command line and writes a file for each prompt and seed."""
     command = Command(__doc__)
-    command.add_argument("--model", metavar="NAME", help="a published model, such as wan2.1-t2v-14b or wan2.2-i2v")
-    command.add_argument(
-        "--dit", "--weights", dest="dit", type=Path, nargs="+", metavar="PATH", help="the network; of Wan2.2 A14B two"
-    )
+    options.add_model(command)
     command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a caption; may be repeated")
-    command.add_argument("--prompt-file", metavar="FILE", help="a text file with one caption a line")
-    command.add_argument("--sampler", choices=SAMPLERS, help="few-step-... for distilled models (a recipe's default)")
-    command.add_argument("--steps", type=int, metavar="N", help="steps (default: 4 of a distilled model)")
     command.add_argument("--seeds", default="0", metavar="N,N", help="seeds; each caption is sampled with each")
     command.add_argument(
         "--out",
@@ -53,7 +37,16 @@ def main(argv: list[str] | None = None) -> None:
         metavar="DIR",
         help="where the files go, numbered on from those there",
     )
-    of_model = _add_model_options(command)
+    group = command.add_argument_group("published models")
+    of_model = options.add_parts(group)
+    of_model += [
+        group.add_argument(f"--{name}", metavar="FILE", type=Path, help=text).dest
+        for name, text in (
+            ("image", "the first frame"),
+            ("image-encoder", "CLIP, for Wan2.1 image-to-video"),
+            ("embeddings", "safetensors with `text`, and `negative`, in the place of captions"),
+        )
+    ]
     arguments, config = command.parse_optional(argv)
     with command.reports_user_errors():
         if (config is None) == (arguments.model is None):
@@ -63,35 +56,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         given = [option for option in of_model if getattr(arguments, option) is not None]
         if given:
-            raise UserError(f"--{given[0].replace('_', '-')} belongs to --model: a recipe says it itself")
+            raise UserError(f"{options.spell(given[0])} belongs to --model: a recipe says it itself")
         _sample_recipe(config, arguments)
-
-
-def _add_model_options(command: ArgumentParser) -> list[str]:
-    """Adds what only published models take; returns the names."""
-    group = command.add_argument_group("published models")
-    actions = [
-        group.add_argument(f"--{name}", metavar=metavar, type=type_, help=text)
-        for name, metavar, type_, text in (
-            ("vae", "PATH", Path, "the autoencoder"),
-            ("text-encoder", "PATH", Path, "umT5-xxl for Wan, T5-11B for Cosmos-Predict2"),
-            ("tokenizer", "PATH", Path, "its tokenizer.json or spiece.model, or a folder with one"),
-            ("image-encoder", "PATH", Path, "CLIP, for Wan2.1 image-to-video"),
-            ("embeddings", "FILE", Path, "safetensors with `text`, and `negative`, in the place of captions"),
-            ("image", "FILE", Path, "the first frame"),
-            ("negative", "TEXT", str, "the caption to go away from"),
-            ("guidance", "X[,X]", str, "strength, 1 is none; of two networks the one for high noise first"),
-            ("size", "WxH", str, f"or {', '.join(RESOLUTIONS)}, with an image areas: the shape is the image's"),
-            ("frames", "N", int, "1 + a multiple of 4; 1 makes a picture"),
-            ("fps", "N", int, "frames a second"),
-            ("shift", "X", float, "of a teacher's times towards noise"),
-            ("sigma-max", "X", float, "noise level at which a distilled model starts"),
-            ("mid-times", "T,T", str, "TrigFlow times of a distilled model's later steps"),
-            ("dtype", "NAME", str, "bfloat16 (default) or float32"),
-        )
-    ]
-    tile = group.add_argument("--tile", action="store_true", default=None, help="decode in tiles: less memory")
-    return [action.dest for action in (*actions, tile)]
 
 
 def _sample_recipe(config: ConfigDict, arguments: Namespace) -> None:
@@ -118,7 +84,9 @@ def _sample_recipe(config: ConfigDict, arguments: Namespace) -> None:
     if is_teacher:
         steps = config.sampling.teacher_steps if arguments.steps is None else arguments.steps
         negative = jnp.asarray(text.encode([""])[0])
-        sample = teacher_sampler(config, network, shape, negative, steps=_positive("--steps", steps), method=sampler)
+        sample = teacher_sampler(
+            config, network, shape, negative, steps=options.positive("--steps", steps), method=sampler
+        )
         settings = {"sampler": sampler, "steps": steps, "guidance": config.teacher.guidance}
     else:
         steps = FEW_STEPS if arguments.steps is None else arguments.steps
@@ -209,67 +177,20 @@ def _check_order(arguments: Namespace) -> Order:
         raise UserError(f"{arguments.model} needs --image-encoder PATH: give CLIP's checkpoint")
     if arguments.image_encoder and not published.image_encoder:
         raise UserError(f"--image-encoder {arguments.image_encoder} is of no use to {arguments.model}: leave it out")
-    if arguments.dtype not in (None, "bfloat16", "float32"):
-        raise UserError(f"--dtype {arguments.dtype} must be bfloat16 or float32")
-    frames = _positive("--frames", published.frames if arguments.frames is None else arguments.frames)
-    if (frames - 1) % FRAME_FACTOR:
-        near = 1 + frames // FRAME_FACTOR * FRAME_FACTOR
-        raise UserError(f"--frames {frames} must be 1 + a multiple of {FRAME_FACTOR}: write --frames {near}")
+    options.check_dtype(arguments)
+    frames = options.check_frames(arguments, published)
     image = media.read_image(arguments.image) if arguments.image else None
     return Order(
         published=published,
-        sampling=_sampling(arguments, published),
+        sampling=options.check_sampling(arguments, published),
         prompts=[] if arguments.embeddings else _prompts(arguments),
         negative=published.negative if arguments.negative is None else arguments.negative,
         seeds=_parse_seeds(arguments.seeds),
         image=image,
-        size=_size(arguments.size or published.size, published.block, image),
+        size=options.check_size(arguments.size or published.size, published.block, image),
         frames=frames,
-        fps=_positive("--fps", published.fps if arguments.fps is None else arguments.fps),
+        fps=options.positive("--fps", published.fps if arguments.fps is None else arguments.fps),
     )
-
-
-def _sampling(arguments: Namespace, published: Published) -> dict[str, Any]:
-    """The values of inference.Settings. Raises UserError for one that breaks its rule or that the sampler ignores."""
-    sampler = arguments.sampler or published.sampler
-    is_few_step = sampler.startswith("few-step")
-    ignored = ("guidance", "shift", "negative") if is_few_step else ("sigma_max", "mid_times")
-    for name in ignored:
-        if getattr(arguments, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} is of no use to --sampler {sampler}: leave it out")
-    guidance = published.guidance
-    if is_few_step:
-        guidance = (1.0,) * len(guidance)
-    elif arguments.guidance is not None:
-        given = _numbers("--guidance", arguments.guidance)
-        if len(given) not in (1, len(guidance)) or min(given) < 1:
-            raise UserError(f"--guidance {arguments.guidance} must be {len(guidance)} numbers of at least 1, or one")
-        guidance = given * (len(guidance) // len(given))
-    shift = published.shift if arguments.shift is None else arguments.shift
-    if shift is not None and not 0 < shift < math.inf:
-        raise UserError(f"--shift {shift} must be a positive number: 1 leaves the times as they are")
-    sampling: dict[str, Any] = {"sampler": sampler, "guidance": guidance}
-    sampling["steps"] = (
-        arguments.steps if arguments.steps is not None else FEW_STEPS if is_few_step else published.steps
-    )
-    _positive("--steps", sampling["steps"])
-    if not is_few_step:
-        return sampling | {"shift": shift}
-    if arguments.mid_times is not None:
-        sampling["mid_times"] = _numbers("--mid-times", arguments.mid_times)
-    sigma_max = published.sigma_max if arguments.sigma_max is None else arguments.sigma_max
-    return sampling | {"sigma_max": sigma_max}
-
-
-def _size(text: str, block: int, image: Any) -> tuple[int, int]:
-    """Width and height. Raises UserError if they are not multiples of `block`."""
-    width, height = parse_size(text)
-    if image is not None and text in RESOLUTIONS:
-        return fit_size((image.shape[1], image.shape[0]), width * height, block)
-    if width % block or height % block:
-        near = "x".join(str(max(block, round(side / block) * block)) for side in (width, height))
-        raise UserError(f"--size {text} must have multiples of {block}: write --size {near}")
-    return width, height
 
 
 def _open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
@@ -278,10 +199,9 @@ def _open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
 
     from rcm_jax import inference
     from rcm_jax.convert import loading
-    from rcm_jax.data.tokenizer import clean_prompt, load_tokenizer
-    from rcm_jax.models import clip, umt5, vae
+    from rcm_jax.models import clip, vae
 
-    published, dtype = order.published, jnp.dtype(arguments.dtype or "bfloat16")
+    published, dtype = order.published, jnp.dtype(options.check_dtype(arguments))
     transformer = loading.open_transformer(arguments.dit, arguments.model, dtype=dtype)
     embedded = inference.read_embeddings(arguments.embeddings, transformer.config) if arguments.embeddings else {}
     captions = list(order.prompts)
@@ -291,14 +211,9 @@ def _open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
     if captions:
         for name in ("text_encoder", "tokenizer"):
             if getattr(arguments, name) is None:
-                raise UserError(
-                    f"{len(captions)} captions need --{name.replace('_', '-')} PATH: give it or --embeddings"
-                )
-        if published.text_encoder == "umt5-xxl":
-            captions = [clean_prompt(caption) for caption in captions]
-        tokens = load_tokenizer(arguments.tokenizer, length=transformer.config.text_length)(captions)
-        preset = umt5.PRESETS[published.text_encoder]
-        text_encoder = loading.open_text_encoder(arguments.text_encoder, preset, dtype=dtype)
+                raise UserError(f"{len(captions)} captions need {options.spell(name)} PATH: give it or --embeddings")
+        tokenize, text_encoder = options.open_text_encoder(arguments, published, length=transformer.config.text_length)
+        tokens = tokenize(captions)
     if published.image_encoder:
         preset = clip.PRESETS[published.image_encoder]
         image_encoder = loading.open_image_encoder(arguments.image_encoder, preset, dtype=dtype)
@@ -323,21 +238,10 @@ def _metadata(arguments: Namespace, order: Order, model: str) -> dict[str, Any]:
 
 def _prompts(arguments: Namespace) -> list[str]:
     """The captions of the command line, then those of a file. Raises UserError if there is none."""
-    prompts = arguments.prompt + read_prompts(arguments.prompt_file)
+    prompts = arguments.prompt + options.read_prompts(arguments.prompt_file)
     if not prompts:
         raise UserError("there is no caption: give --prompt TEXT or --prompt-file FILE")
     return prompts
-
-
-def read_prompts(path: str | None) -> list[str]:
-    """The lines of a text file that are not blank; none of no file. Raises UserError if it is not text."""
-    if path is None:
-        return []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt-file {path} cannot be read as text: {error}") from None
-    return [line.strip() for line in lines if line.strip()]
 
 
 def _parse_seeds(text: str) -> list[int]:
@@ -348,19 +252,6 @@ def _parse_seeds(text: str) -> list[int]:
     if any(not 0 <= seed < 2**31 for seed in seeds):
         raise UserError(f"--seeds {text} must lie between 0 and {2**31 - 1}: choose others")
     return seeds
-
-
-def _numbers(option: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} {text} must be numbers with commas between: write {option} 4,3") from None
-
-
-def _positive(option: str, value: int) -> int:
-    if value < 1:
-        raise UserError(f"{option} {value} must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -112,15 +112,20 @@ def read_embeddings(path: Path, config: Config) -> dict[str, np.ndarray]:
     return embedded | {"text": embedded["text"].reshape(-1, *shape)}
 
 
+def embed(text_encoder: Loadable, tokens: Tokens) -> Float[np.ndarray, "n s d"]:
+    """Embeddings of captions, encoded one at a time."""
+    apply = jax.jit(text_encoder.network.apply)
+    with on_device(text_encoder) as params:
+        bar = tqdm(list(zip(*tokens, strict=True)), "captions", leave=False, disable=None)
+        return np.stack([np.asarray(apply(params, ids_S[None], mask_S[None])[0]) for ids_S, mask_S in bar])
+
+
 def encode_texts(parts: Parts, count: int) -> Texts:
     """Embeddings of the `count` captions, encoded one at a time, or those that were made before."""
-    encoded = []
+    encoded = np.empty((0, 0, 0))
     if parts.text_encoder is not None and parts.tokens is not None:
-        apply = jax.jit(parts.text_encoder.network.apply)
-        with on_device(parts.text_encoder) as params:
-            bar = tqdm(list(zip(*parts.tokens, strict=True)), "captions", disable=None)
-            encoded = [np.asarray(apply(params, ids_S[None], mask_S[None])[0]) for ids_S, mask_S in bar]
-    text_NSD = parts.embedded["text"] if "text" in parts.embedded else np.stack(encoded[:count])
+        encoded = embed(parts.text_encoder, parts.tokens)
+    text_NSD = parts.embedded["text"] if "text" in parts.embedded else encoded[:count]
     # Without guidance there is no negative caption, and what stands for it is not read.
     negative_SD = encoded[-1] if len(encoded) > count else parts.embedded.get("negative", text_NSD[0])
     return Texts(text_NSD, negative_SD)
@@ -163,9 +168,9 @@ def _encode_tokens(encoder: Loadable | None, image_HWC: np.ndarray) -> jax.Array
         return jax.jit(encoder.network.apply)(params, clip.preprocess(jnp.asarray(_floats(image_HWC)))).tokens_BLD
 
 
-def _floats(image_HWC: np.ndarray) -> np.ndarray:
-    """A batch of one image in [-1, 1]."""
-    return image_HWC[None].astype(np.float32) / 127.5 - 1.0
+def _floats(pixels: np.ndarray) -> np.ndarray:
+    """A batch of one image or video in [-1, 1]."""
+    return pixels[None].astype(np.float32) / 127.5 - 1.0
 
 
 def _first_frame(shape_BTHWC: tuple[int, ...], channels: int) -> jax.Array:
@@ -304,13 +309,26 @@ def sample_latents(
     return latents
 
 
+@contextmanager
+def video_encoder(
+    autoencoder: Autoencoder, *, tiled: bool = False
+) -> Iterator[Callable[[UInt8[np.ndarray, "f y x 3"]], Float[np.ndarray, "t h w c"]]]:
+    """A function from videos to their latents, with the network on the device; `tiled` as models/vae.py says."""
+    apply = _in_tiles_or_whole(autoencoder.encoder.network.apply, tiled)
+    with on_device(autoencoder.encoder) as params:
+        yield lambda video_THWC: np.asarray(apply(params, jnp.asarray(_floats(video_THWC)))[0])
+
+
 def decode(
     autoencoder: Autoencoder, latents: Sequence[Float[np.ndarray, "t h w c"]], *, tiled: bool = False
 ) -> Iterator[UInt8[np.ndarray, "f y x 3"]]:
     """Videos of latents, one at a time; `tiled` as models/vae.py says of its tiles."""
-    apply = autoencoder.decoder.network.apply
-    apply = functools.partial(apply, tiling=Tiling()) if tiled else jax.jit(apply)
+    apply = _in_tiles_or_whole(autoencoder.decoder.network.apply, tiled)
     with on_device(autoencoder.decoder) as params:
         for latent_THWC in tqdm(latents, "decoding", unit="video", disable=None):
             video_THWC = apply(params, jnp.asarray(latent_THWC[None]))[0]
             yield np.asarray(jnp.round((video_THWC + 1.0) * 127.5).astype(jnp.uint8))
+
+
+def _in_tiles_or_whole(apply: Callable[..., jax.Array], tiled: bool) -> Callable[..., jax.Array]:
+    return functools.partial(apply, tiling=Tiling()) if tiled else jax.jit(apply)

@@ -196,7 +196,9 @@ def negative_text(config: ConfigDict, text_shape: tuple[int, ...]) -> jax.Array:
     """Embedding (S, D) of the negative prompt: the array "text" of a file, or that of "" by the digits' encoder."""
     path = config.teacher.negative_path
     if not path and config.data.name != "digits":
-        raise UserError("teacher.negative_path is empty: give a safetensors file with the negative prompt's embedding")
+        raise UserError(
+            "teacher.negative_path is empty: give the negative prompt's embedding, which launch.precompute makes"
+        )
     if not path:
         length, dim = text_shape
         return jnp.asarray(text.encode([""], length=length, dim=dim)[0])

@@ -10,7 +10,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -130,12 +130,12 @@ class _Archive:
             raise refusal(str(self.region), f"lacks its entry {name}", "fetch it again")
         base, length = self.region.offset, self.region.length
         lie = refusal(str(self.region), f"has a zip directory that lies about {name}", "fetch it again")
-        if entry.header_offset < 0:
+        limit = self.region.path.stat().st_size - base if length is None else length
+        if not 0 <= entry.header_offset <= limit - 30:
             raise lie
         header = read_bytes(self.region.path, base + entry.header_offset, 30).tobytes()
         start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
         end = start + entry.file_size
-        limit = self.region.path.stat().st_size - base if length is None else length
         if header[:4] != b"PK\3\4" or end > limit:
             raise lie
         return base + start, entry.file_size
@@ -208,10 +208,23 @@ def plan_file(name: str, tensors: Tensors) -> Plan:
         known = [zlib.crc32(data) for data in small.values()] + [checksums[piece.key] for piece in pieces]
         for entry, data in zip(entries.values(), small.values(), strict=False):
             write_piece(folder / name, entry.offset, entry.header(zlib.crc32(data)), data)
-        directory = b"".join(entry.listing(crc) for entry, crc in zip(entries.values(), known, strict=True))
-        write_piece(folder / name, end, directory + _end_of_directory(len(entries), len(directory), end))
+        write_piece(folder / name, end, _directory(entries.values(), known))
 
     return Plan(pieces, finish)
+
+
+def encode_tensor(array: np.ndarray) -> bytes:
+    """The bytes of a .pt file that holds one tensor, as torch.save(tensor) makes it."""
+    data = as_bytes(array)
+    value = pickle.PROTO + b"\2" + _pickle_tensor(0, LazyTensor(array.shape, array.dtype, lambda: array)) + pickle.STOP
+    contents = {"data.pkl": value, "byteorder": b"little", "data/0": data, "version": b"3\n"}
+    entries, checksums, parts, end = [], [], [], 0
+    for name, content in contents.items():
+        entries.append(_Entry(f"archive/{name}".encode(), len(content), end))
+        checksums.append(zlib.crc32(content))
+        parts += [entries[-1].header(checksums[-1]), content]
+        end = entries[-1].end
+    return b"".join([*parts, _directory(entries, checksums)])
 
 
 def _write_entry(folder: Path, *, name: str, entry: "_Entry", tensor: LazyTensor) -> int:
@@ -256,30 +269,38 @@ class _Entry(NamedTuple):
 _MANY = 0xFFFFFFFF  # says that the number stands in the extra field
 
 
-def _end_of_directory(count: int, size: int, offset: int) -> bytes:
-    """The three records that end an archive of any size (4.3.14 to 4.3.16)."""
+def _directory(entries: Collection[_Entry], checksums: Iterable[int]) -> bytes:
+    """What stands after the entries: their listings and the three records that end an archive (4.3.14 to 4.3.16)."""
+    listings = b"".join(entry.listing(crc) for entry, crc in zip(entries, checksums, strict=True))
+    count, size, offset = len(entries), len(listings), max(entry.end for entry in entries)
     end64 = struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, size, offset)
     locator = struct.pack("<IIQI", 0x07064B50, 0, offset + size, 1)
-    return end64 + locator + struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 0xFFFF, 0xFFFF, _MANY, _MANY, 0)
+    return listings + end64 + locator + struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 0xFFFF, 0xFFFF, _MANY, _MANY, 0)
+
+
+def _plain(value: Any) -> bytes:
+    return pickle.dumps(value, 2)[2:-1]  # without the pickle's own begin and end
 
 
 def _pickle(tensors: Tensors) -> bytes:
     """The pickle of a dict of tensors, as torch.save writes it (protocol 2)."""
-
-    def plain(value: Any) -> bytes:
-        return pickle.dumps(value, 2)[2:-1]  # without the pickle's own begin and end
-
     parts = [pickle.PROTO + b"\2" + pickle.EMPTY_DICT + pickle.MARK]
     for index, (name, tensor) in enumerate(tensors.items()):
-        strides = tuple(int(np.prod(tensor.shape[axis + 1 :])) for axis in range(len(tensor.shape)))
-        parts += [
-            plain(name),
+        parts += [_plain(name), _pickle_tensor(index, tensor)]
+    return b"".join([*parts, pickle.SETITEMS, pickle.STOP])
+
+
+def _pickle_tensor(index: int, tensor: LazyTensor) -> bytes:
+    """What puts the tensor of the storage data/INDEX on the stack."""
+    strides = tuple(int(np.prod(tensor.shape[axis + 1 :])) for axis in range(len(tensor.shape)))
+    return b"".join(
+        [
             pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n" + pickle.MARK + pickle.MARK,
-            plain("storage"),
+            _plain("storage"),
             pickle.GLOBAL + f"torch\n{NAMES[tensor.dtype]}\n".encode(),
-            plain(str(index)) + plain("cpu") + plain(tensor.size) + pickle.TUPLE + pickle.BINPERSID,
-            plain(0) + plain(tensor.shape) + plain(strides) + pickle.NEWFALSE,
+            _plain(str(index)) + _plain("cpu") + _plain(tensor.size) + pickle.TUPLE + pickle.BINPERSID,
+            _plain(0) + _plain(tensor.shape) + _plain(strides) + pickle.NEWFALSE,
             pickle.GLOBAL + b"collections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE,
             pickle.TUPLE + pickle.REDUCE,
         ]
-    return b"".join([*parts, pickle.SETITEMS, pickle.STOP])
+    )

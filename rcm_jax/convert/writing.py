@@ -1,7 +1,7 @@
 """Writing that can be interrupted: into a folder beside the target, with a journal of what is finished, then renamed.
 
 The folder is .NAME.partial beside the target NAME. It holds the journal, journal.jsonl, and the target so far. The same
-conversion, started again, goes on after the last finished tensor; another one starts afresh.
+command, started again, goes on after the last finished piece.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ SYNC_BYTES = 2**28  # how much may be written again after an interruption
 
 
 class Piece(NamedTuple):
-    """One tensor's part of a file of the target.
+    """What is written without a break: one tensor's part of a file of the target, or a whole file.
 
     `write(folder)` puts it in place and returns what `finish` must know of it: a JSON value.
     """
@@ -51,19 +51,23 @@ def check_target(target: Path) -> None:
         raise UserError(f"{target} lies below {ancestor}, which is a file: choose another name")
 
 
-def write_plan(plan: Plan, target: Path, fingerprint: str, *, single_file: str | None) -> int:
+def write_plan(
+    plan: Plan, target: Path, fingerprint: str, *, single_file: str | None = None, is_costly: bool = False
+) -> int:
     """Carries out a plan, or what is left of it, and names the result `target` when it is complete.
 
     Args:
         plan: what to write.
         target: a path that does not exist.
-        fingerprint: tells this conversion from others; pieces of another fingerprint are not used.
+        fingerprint: tells this command from others; pieces of another fingerprint are not used.
         single_file: the name of the plan's only file if the target is that file; None for a folder.
+        is_costly: each piece takes long. It is noted as soon as it is finished, and the pieces of another fingerprint
+            are not thrown away.
 
     Returns: the number of pieces that an earlier, interrupted run had finished.
 
     Raises:
-        UserError: the target exists, or another process is writing it.
+        UserError: the target exists, another process is writing it, or costly pieces of another command are there.
     """
     check_target(target)
     partial = target.with_name(f".{target.name}.partial")
@@ -71,6 +75,8 @@ def write_plan(plan: Plan, target: Path, fingerprint: str, *, single_file: str |
     with (partial / "journal.jsonl").open("a+") as journal:
         _lock(journal, target)
         content, facts = partial / "content", _finished(journal, fingerprint)
+        if is_costly and facts is None and content.is_dir():
+            raise UserError(f"{partial} is what another command has not finished: give that one again, or remove it")
         if facts is None or not content.is_dir():
             shutil.rmtree(content, ignore_errors=True)
             journal.truncate(0)
@@ -85,7 +91,7 @@ def write_plan(plan: Plan, target: Path, fingerprint: str, *, single_file: str |
                 if piece.key not in facts:
                     facts[piece.key] = piece.write(content)
                     pending.append(piece)
-                if sum(piece.nbytes for piece in pending) >= SYNC_BYTES:
+                if is_costly or sum(piece.nbytes for piece in pending) >= SYNC_BYTES:
                     _note(journal, content, pending, facts)
                     pending = []
                 bar.update(piece.nbytes)

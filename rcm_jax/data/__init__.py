@@ -1,1 +1,1 @@
-"""Data: how records are made (`digits`, `text`) and how a run reads them (`pipeline`)."""
+"""Data: what is made into records (`digits`, `videos`, `tar_shards`), their files, and how a run reads them."""

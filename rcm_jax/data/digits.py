@@ -22,7 +22,7 @@ from jaxtyping import Float, Int, UInt8
 from sklearn import datasets
 
 from rcm_jax.config import UserError
-from rcm_jax.data import text
+from rcm_jax.data import samples, text
 
 FRAMES = 8
 FPS = 8
@@ -183,14 +183,13 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
-            features=tfds.features.FeaturesDict(
-                {
-                    "latent": tfds.features.Tensor(
-                        shape=(FRAMES, SIZE, SIZE, 1), dtype=ml_dtypes.bfloat16, encoding="bytes"
-                    ),
-                    "text": tfds.features.Tensor(shape=(text.LENGTH, text.DIM), dtype=np.float32, encoding="bytes"),
-                    "prompt": tfds.features.Text(),
-                }
+            features=samples.features(
+                samples.Spec(
+                    latent_shape=(FRAMES, SIZE, SIZE, 1),
+                    text_shape=(text.LENGTH, text.DIM),
+                    latent_dtype=np.dtype(ml_dtypes.bfloat16),
+                    text_dtype=np.dtype(np.float32),
+                )
             ),
             # Loaders shuffle; stored order is the order of `film`.
             disable_shuffling=True,

@@ -48,7 +48,8 @@ def open_source(name: str | os.PathLike, data_dir: str | os.PathLike, split: str
         folder = Path(data_dir) / name
         if not (folder / "dataset_info.json").exists():
             raise UserError(
-                f"{os.fspath(folder)!r} holds no dataset_info.json: set data.name to 'digits' or a TFDS folder"
+                f"{os.fspath(folder)!r} holds no dataset_info.json: set data.name to 'digits' or a TFDS folder, "
+                "which launch.precompute makes"
             )
         builder = tfds.builder_from_directory(folder)
     if split.partition("[")[0] not in builder.info.splits:

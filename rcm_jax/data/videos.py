@@ -1,0 +1,132 @@
+"""A user's own videos: which there are, their captions, and the frames that a model sees of them."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from jaxtyping import UInt8
+
+from rcm_jax import media
+from rcm_jax.config import UserError
+from rcm_jax.data.samples import BadSampleError
+
+SUFFIXES = (".avi", ".gif", ".jpg", ".m4v", ".mkv", ".mov", ".mp4", ".png", ".webm", ".webp")
+SLACK = 1e-3  # seconds; containers round their times
+
+
+class Clip(NamedTuple):
+    """A video's file and its caption, which is None if it was not found."""
+
+    path: Path
+    caption: str | None
+
+
+def list_clips(path: Path) -> list[Clip]:
+    """The videos below a folder, captioned by a .txt file of the same name beside each; or those of a list.
+
+    A list is a file of JSON lines, {"path": ..., "caption": ...}, or a .csv file with a header that names the columns
+    path and caption. Its paths are relative to it.
+
+    Raises:
+        UserError: it is none of that, or has no video.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        clips = [Clip(file, _sidecar(file)) for file in files]
+    else:
+        clips = [Clip(path.parent / row["path"], row["caption"].strip() or None) for row in _rows(path)]
+    if not clips:
+        raise UserError(f"--videos {path} has no video: give a folder with some of {', '.join(SUFFIXES)}, or a list")
+    return clips
+
+
+def _sidecar(file: Path) -> str | None:
+    try:
+        return file.with_suffix(".txt").read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--videos {path} cannot be read as a folder or a list in UTF-8: {error}") from None
+    for number, row in _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(text):
+        if not (isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("path", "caption"))):
+            rule = 'must be {"path": ..., "caption": ...}, or in a .csv file have these two columns'
+            raise UserError(f"--videos {path}, line {number} {rule}: correct the line")
+        yield row
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"--videos {path}, line {reader.line_num + 1}: {error}; correct the line") from None
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError):
+                yield number, None
+
+
+def read_frames(path: Path, *, count: int, fps: int, size: tuple[int, int]) -> UInt8[np.ndarray, "t h w 3"]:
+    """The first `count` frames of a video, `fps` a second, the middle of each resized to fill `size` (width, height).
+
+    A frame is the one shown at its time, so a slower video has some twice. Decoding stops after the last.
+
+    Raises:
+        BadSampleError: the file is no video, or is too short.
+    """
+    frames: list[np.ndarray] = []
+    try:
+        for shown, until in _shown(path):
+            wanted = sum(1 for k in range(len(frames), count) if k / fps < until - SLACK)
+            if wanted:
+                frames += [media.cover(_upright(shown), size)] * wanted
+            if len(frames) == count:
+                return np.stack(frames)
+    except (FFmpegError, OSError, ValueError) as error:
+        raise BadSampleError(f"{path} cannot be read as a video ({error}): remove it, or encode it again") from None
+    seconds, needed = len(frames) / fps, count / fps
+    raise BadSampleError(
+        f"{path} lasts {seconds:.2f} s, {count} frames at {fps} a second take {needed:.2f} s: remove it"
+    )
+
+
+def _shown(path: Path) -> Iterator[tuple[av.VideoFrame, float]]:
+    """Each frame and the second, counted from the first frame, until which it is shown."""
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError("it has no pictures")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        before, start = None, 0.0
+        duration = 1 / float(stream.average_rate or stream.guessed_rate or 1)
+        for frame in container.decode(stream):
+            time = frame.time or 0.0
+            if before is None:
+                start = time
+            else:
+                yield before, time - start
+            before = frame
+        if before is not None:
+            yield before, (before.time or 0.0) - start + duration
+
+
+def _upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
+    """Its RGB, turned as its camera says."""
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))

@@ -1,0 +1,169 @@
+"""Command-line options of a published model, shared by the launchers that run one, and the rules their values keep.
+
+Nothing here imports JAX at once, so a mistake on the command line is reported at once.
+"""
+
+import math
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rcm_jax.config import UserError
+from rcm_jax.published import (
+    FEW_STEPS,
+    FRAME_FACTOR,
+    RESOLUTIONS,
+    SAMPLERS,
+    Published,
+    fit_size,
+    parse_size,
+)
+
+if TYPE_CHECKING:
+    from rcm_jax.convert.loading import Loadable
+    from rcm_jax.data.tokenizer import Tokens
+
+
+def add_model(command: ArgumentParser) -> None:
+    """Adds the model, its network and how it is sampled."""
+    command.add_argument("--model", metavar="NAME", help="a published model, such as wan2.1-t2v-14b or wan2.2-i2v")
+    command.add_argument(
+        "--dit", "--weights", dest="dit", type=Path, nargs="+", metavar="PATH", help="the network; of Wan2.2 A14B two"
+    )
+    command.add_argument("--prompt-file", metavar="FILE", help="a text file with one caption a line")
+    command.add_argument("--sampler", choices=SAMPLERS, help="few-step-... for distilled models (default: the model's)")
+    command.add_argument("--steps", type=int, metavar="N", help="steps (default: 4 of a distilled model)")
+
+
+def add_parts(group: Any) -> list[str]:
+    """Adds what only published models take to a parser, or a group of one; returns the names."""
+    actions = [
+        group.add_argument(f"--{name}", metavar=metavar, type=type_, help=text)
+        for name, metavar, type_, text in (
+            ("vae", "PATH", Path, "the autoencoder"),
+            ("text-encoder", "PATH", Path, "umT5-xxl for Wan, T5-11B for Cosmos-Predict2"),
+            ("tokenizer", "PATH", Path, "its tokenizer.json or spiece.model, or a folder with one"),
+            ("negative", "TEXT", str, "the caption to go away from"),
+            ("guidance", "X[,X]", str, "strength, 1 is none; of two networks the one for high noise first"),
+            ("size", "WxH", str, f"or {', '.join(RESOLUTIONS)}, with an image areas: the shape is the image's"),
+            ("frames", "N", int, "1 + a multiple of 4; 1 makes a picture"),
+            ("fps", "N", int, "frames a second"),
+            ("shift", "X", float, "of a teacher's times towards noise"),
+            ("sigma-max", "X", float, "noise level at which a distilled model starts"),
+            ("mid-times", "T,T", str, "TrigFlow times of a distilled model's later steps"),
+            ("dtype", "NAME", str, "bfloat16 (default) or float32"),
+        )
+    ]
+    tile = group.add_argument("--tile", action="store_true", default=None, help="run the autoencoder in tiles")
+    return [action.dest for action in (*actions, tile)]
+
+
+def spell(name: str) -> str:
+    """The option whose value has this name."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_sampling(arguments: Namespace, published: Published) -> dict[str, Any]:
+    """The values of inference.Settings. Raises UserError for one that breaks its rule or that the sampler ignores."""
+    sampler = arguments.sampler or published.sampler
+    is_few_step = sampler.startswith("few-step")
+    ignored = ("guidance", "shift", "negative") if is_few_step else ("sigma_max", "mid_times")
+    for name in ignored:
+        if getattr(arguments, name) is not None:
+            raise UserError(f"{spell(name)} is of no use to --sampler {sampler}: leave it out")
+    guidance = published.guidance
+    if is_few_step:
+        guidance = (1.0,) * len(guidance)
+    elif arguments.guidance is not None:
+        given = numbers("--guidance", arguments.guidance)
+        if len(given) not in (1, len(guidance)) or min(given) < 1:
+            raise UserError(f"--guidance {arguments.guidance} must be {len(guidance)} numbers of at least 1, or one")
+        guidance = given * (len(guidance) // len(given))
+    shift = published.shift if arguments.shift is None else arguments.shift
+    if shift is not None and not 0 < shift < math.inf:
+        raise UserError(f"--shift {shift} must be a positive number: 1 leaves the times as they are")
+    sampling: dict[str, Any] = {"sampler": sampler, "guidance": guidance}
+    sampling["steps"] = (
+        arguments.steps if arguments.steps is not None else FEW_STEPS if is_few_step else published.steps
+    )
+    positive("--steps", sampling["steps"])
+    if not is_few_step:
+        return sampling | {"shift": shift}
+    if arguments.mid_times is not None:
+        sampling["mid_times"] = numbers("--mid-times", arguments.mid_times)
+    sigma_max = published.sigma_max if arguments.sigma_max is None else arguments.sigma_max
+    return sampling | {"sigma_max": sigma_max}
+
+
+def check_dtype(arguments: Namespace) -> str:
+    """The dtype of the networks. Raises UserError for one that is not supported."""
+    if arguments.dtype not in (None, "bfloat16", "float32"):
+        raise UserError(f"--dtype {arguments.dtype} must be bfloat16 or float32")
+    return arguments.dtype or "bfloat16"
+
+
+def check_frames(arguments: Namespace, published: Published) -> int:
+    """The number of frames. Raises UserError for one that does not divide into latent frames."""
+    frames = positive("--frames", published.frames if arguments.frames is None else arguments.frames)
+    if (frames - 1) % FRAME_FACTOR:
+        near = 1 + frames // FRAME_FACTOR * FRAME_FACTOR
+        raise UserError(f"--frames {frames} must be 1 + a multiple of {FRAME_FACTOR}: write --frames {near}")
+    return frames
+
+
+def check_size(text: str, block: int, image: Any = None) -> tuple[int, int]:
+    """Width and height. Raises UserError if they are not multiples of `block`."""
+    width, height = parse_size(text)
+    if image is not None and text in RESOLUTIONS:
+        return fit_size((image.shape[1], image.shape[0]), width * height, block)
+    if width % block or height % block:
+        near = "x".join(str(max(block, round(side / block) * block)) for side in (width, height))
+        raise UserError(f"--size {text} must have multiples of {block}: write --size {near}")
+    return width, height
+
+
+def read_prompts(path: str | None) -> list[str]:
+    """The lines of a text file that are not blank; none of no file. Raises UserError if it is not text."""
+    if path is None:
+        return []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-file {path} cannot be read as text: {error}") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """The numbers of a list with commas. Raises UserError if it is none."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} {text} must be numbers with commas between: write {option} 4,3") from None
+
+
+def positive(option: str, value: int) -> int:
+    """The value. Raises UserError if it is less than 1."""
+    if value < 1:
+        raise UserError(f"{option} {value} must be at least 1")
+    return value
+
+
+def open_text_encoder(
+    arguments: Namespace, published: Published, *, length: int
+) -> tuple[Callable[[Sequence[str]], "Tokens"], "Loadable"]:
+    """The function from captions to tokens, `length` of each, and the network for them, not loaded yet.
+
+    Raises UserError if a file is not what it should be.
+    """
+    import jax.numpy as jnp
+
+    from rcm_jax.convert import loading
+    from rcm_jax.data.tokenizer import clean_prompt, load_tokenizer
+    from rcm_jax.models import umt5
+
+    tokenize, preset = load_tokenizer(arguments.tokenizer, length=length), umt5.PRESETS[published.text_encoder]
+    encoder = loading.open_text_encoder(arguments.text_encoder, preset, dtype=jnp.dtype(check_dtype(arguments)))
+    if published.text_encoder == "umt5-xxl":
+        return lambda captions: tokenize([clean_prompt(caption) for caption in captions]), encoder
+    return tokenize, encoder
