@@ -273,6 +273,8 @@ _RULES: dict[str, Rule] = {
     "ema.sigma_rel": (lambda value: 0 < value < 12**-0.5, "a number above 0 and below 0.2886"),
     "mesh.data": _MESH_SIZE,
     "mesh.fsdp": _MESH_SIZE,
+    "mesh.context": _MESH_SIZE,
+    "mesh.tensor": _MESH_SIZE,
     "checkpoint.every": _POSITIVE_INTEGER,
     "checkpoint.keep": _POSITIVE_INTEGER,
     "checkpoint.keep_every": _COUNT,

@@ -1,21 +1,25 @@
 """The mesh, and where every array of a run lies on it: the only file that names mesh axes.
 
-Two axes: `data` replicates the parameters, `fsdp` shards them; a batch is cut over both.
+Four axes, the busiest last, so that its devices are the nearest neighbours. `data` and `fsdp` cut the batch, `context`
+the tokens of a sample; `fsdp` and `tensor` cut the parameters, `tensor` so that every device computes some of the heads
+and of the hidden channels. Slices or hosts that a slow network joins lie along `data`, as far as it reaches.
 """
 
 import functools
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rcm_jax.config import UserError
 
-AXES = ("data", "fsdp")
-BATCH = PartitionSpec(AXES)
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
 
 # (pattern of a parameter's dotted path, how its axes lie). Every leaf must match exactly one.
 RULES = (
@@ -32,19 +36,43 @@ RULES = (
 )
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
-    """A mesh over all devices of all processes; -1 takes the devices that are left.
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh over `devices`, by default all of all processes; -1 takes the devices that are left.
 
-    Raises UserError if the sizes do not multiply to the number of devices.
+    Raises UserError if the sizes do not multiply to the number of devices or cannot share out their slices.
     """
-    devices = jax.device_count()
-    sizes = {"data": data, "fsdp": fsdp}
-    if list(sizes.values()).count(-1) == 1:
-        known = -int(np.prod(list(sizes.values())))
-        sizes = {axis: devices // max(known, 1) if size == -1 else size for axis, size in sizes.items()}
-    if int(np.prod(list(sizes.values()))) != devices or min(sizes.values()) < 1:
-        raise UserError(f"mesh of data={data}, fsdp={fsdp} does not cover {devices} devices: set mesh.data=-1")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    devices = jax.devices() if devices is None else devices
+    count, sizes = len(devices), (data, fsdp, context, tensor)
+    if sizes.count(-1) == 1:
+        left = count // max(-math.prod(sizes), 1)
+        sizes = tuple(left if size == -1 else size for size in sizes)
+    if math.prod(sizes) != count or min(sizes) < 1:
+        raise UserError(
+            f"mesh of {data=}, {fsdp=}, {context=}, {tensor=} does not cover {count} devices: set mesh.data=-1"
+        )
+    return Mesh(_arrange(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
+    """The devices as an array of shape `sizes`, neighbours along the last axes, slices along the first."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    across, left = [], slices
+    for size in sizes:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    if left > 1:
+        raise UserError(f"mesh of {sizes} devices does not cut {slices} slices apart: set mesh.data={slices}")
+    inside = [size // part for size, part in zip(sizes, across, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts a batch is cut into: devices that differ in `context` or `tensor` alone share theirs."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -64,7 +92,7 @@ def split_over_batch(function: Callable[..., Any], mesh: Mesh) -> Callable[..., 
     """
 
     def run(*arrays: jax.Array, **options: Any) -> Any:
-        spec = BATCH if len(arrays[0]) % mesh.size == 0 else PartitionSpec()
+        spec = BATCH if len(arrays[0]) % batch_parts(mesh) == 0 else PartitionSpec()
         split = functools.partial(function, **options)
         return jax.shard_map(split, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 

@@ -57,11 +57,12 @@ def _train(
         )
     stages = parse_stages(config.stages)
     total = total_iterations(stages)
-    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    if config.data.batch_size % mesh.size:
+    mesh = sharding.make_mesh(**config.mesh)
+    parts = sharding.batch_parts(mesh)
+    if config.data.batch_size % parts:
         raise UserError(
-            f"data.batch_size={config.data.batch_size} must be a multiple of the {mesh.size} devices: set it to "
-            f"{-(-config.data.batch_size // mesh.size) * mesh.size}"
+            f"data.batch_size={config.data.batch_size} must be a multiple of mesh.data * mesh.fsdp = {parts}: "
+            f"set it to {-(-config.data.batch_size // parts) * parts}"
         )
 
     source = pipeline.open_source(config.data.name, config.data.dir, "train")

@@ -95,11 +95,17 @@ def test_rows_that_do_not_divide_are_an_error():
 
 @pytest.mark.parametrize(
     ("sizes", "expected"),
-    [({}, (8, 1)), ({"fsdp": 2}, (4, 2)), ({"data": 2, "fsdp": -1}, (2, 4)), ({"data": 1, "fsdp": 8}, (1, 8))],
+    [
+        ({}, (8, 1, 1, 1)),
+        ({"fsdp": 2}, (4, 2, 1, 1)),
+        ({"data": 2, "fsdp": -1}, (2, 4, 1, 1)),
+        ({"context": 2, "tensor": 2}, (2, 1, 2, 2)),
+        ({"data": 1, "fsdp": 2, "context": -1, "tensor": 2}, (1, 2, 2, 2)),
+    ],
 )
 def test_a_mesh_takes_the_devices_that_are_left(sizes, expected):
     mesh = sharding.make_mesh(**sizes)
-    assert mesh.axis_names == ("data", "fsdp")
+    assert mesh.axis_names == ("data", "fsdp", "context", "tensor")
     assert mesh.devices.shape == expected
 
 

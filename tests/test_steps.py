@@ -238,8 +238,8 @@ def test_an_scm_update_of_wan_does_not_depend_on_the_mesh(batch):
 
 def test_an_scm_update_of_wan_compiles_for_a_slice_of_tpus(batch):
     """XLA refuses to split a TPU kernel over a mesh by itself."""
-    devices = np.array(topologies.get_topology_desc("v5e:2x4", platform="tpu").devices)
-    mesh = jax.sharding.Mesh(devices.reshape(4, 2), sharding.AXES)
+    devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+    mesh = sharding.make_mesh(fsdp=2, devices=devices)
     start, step = scm_update_of_wan(mesh)
 
     def place(tree, shardings):
