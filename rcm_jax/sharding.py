@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import pallas_kernels
 from rcm_jax.config import UserError
 from rcm_jax.context_parallel import Ring, Ulysses
-from rcm_jax.models.blocks import GATHERED, BlockOps
+from rcm_jax.models.blocks import GATHERED, WHOLE, BlockOps
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
@@ -46,6 +46,18 @@ RULES = (
     (r"(image_embedding\.norm_(in|out)|time_norm)\.(bias|scale)", PartitionSpec()),
     (r"(blocks|head)\.modulation", PartitionSpec()),
 )
+
+
+# XLA's options, beyond its defaults, that let communication overlap computing. On TPUs the gathers of weights and the
+# rounds of a ring do by default.
+OVERLAP = {
+    "tpu": {"xla_tpu_enable_async_all_to_all": True},
+    "gpu": {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_enable_pipelined_all_gather": True,
+        "xla_gpu_enable_pipelined_reduce_scatter": True,
+    },
+}
 
 
 def make_mesh(
@@ -84,6 +96,11 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+    """What to compile programs for the mesh with."""
+    return OVERLAP.get(mesh.devices.flat[0].platform, {}) if mesh.size > 1 else {}
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of a scalar, or of any array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
@@ -110,14 +127,16 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     return stretches.index(tuple(sorted(rows[jax.process_index()]))), len(stretches)
 
 
-def block_ops(mesh: Mesh, heads: int, ulysses: int = 0) -> BlockOps:
+def block_ops(mesh: Mesh | None, heads: int, ulysses: int = 0) -> BlockOps:
     """Blocks of so many heads over the mesh: kernels, which XLA cannot split, and what it should not choose itself.
 
-    Tokens, batch and heads that do not divide evenly are no concern of the caller's. `ulysses` of the context axis'
-    devices exchange heads for tokens, the largest number possible if it is 0; keys go round the others in a ring.
+    `ulysses` neighbours along the context axis exchange heads for tokens, as many as possible if it is 0; keys go round
+    the others in a ring. Tokens need not divide. A mesh of one device, or none, changes nothing.
 
-    Raises UserError for heads that the tensor axis, or a `ulysses` that the context axis or the heads do not divide by.
+    Raises UserError if the tensor axis does not divide the heads, or `ulysses` the context axis and a device's heads.
     """
+    if mesh is None or mesh.size == 1:
+        return WHOLE
     tensor, context = mesh.shape["tensor"], mesh.shape["context"]
     if heads % tensor:
         raise UserError(f"mesh.tensor={tensor} must divide the {heads} heads of the network: lower it")

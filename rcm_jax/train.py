@@ -22,7 +22,7 @@ from rcm_jax.data import digits, pipeline, text
 from rcm_jax.generation import Sampler, student_sampler
 from rcm_jax.guard import Guard, Trouble
 from rcm_jax.lifetime import termination_notice, watchdog
-from rcm_jax.models.blocks import WHOLE, Remat
+from rcm_jax.models.blocks import Remat
 from rcm_jax.models.functional import Network, functional
 from rcm_jax.models.wan import PRESETS, Wan
 from rcm_jax.records import RunRecords, warn, write_run_info
@@ -182,9 +182,8 @@ def create_network(config: ConfigDict, mesh: Mesh | None = None) -> Network:
         raise UserError(f"model.preset={config.model.preset!r} must be one of {', '.join(PRESETS)}")
     if config.model.remat not in get_args(Remat):
         raise UserError(f"model.remat={config.model.remat!r} must be one of {', '.join(get_args(Remat))}")
-    preset, dtype, ops = PRESETS[config.model.preset], jnp.dtype(config.model.dtype), WHOLE
-    if mesh is not None and mesh.size > 1:
-        ops = sharding.block_ops(mesh, preset.heads, ulysses=config.model.ulysses)
+    preset, dtype = PRESETS[config.model.preset], jnp.dtype(config.model.dtype)
+    ops = sharding.block_ops(mesh, preset.heads, config.model.ulysses)
     return functional(lambda rngs: Wan(preset, dtype=dtype, remat=config.model.remat, ops=ops, rngs=rngs))
 
 
@@ -327,9 +326,9 @@ def compile_steps(
         )
 
     seed = np.uint32(config.seed)
-    out = (shardings, None)
-    student = jax.jit(student, static_argnames="losses", donate_argnums=0, out_shardings=out)
-    critic = jax.jit(critic, donate_argnums=0, out_shardings=out)
+    options = sharding.compiler_options(shardings.iteration.mesh)
+    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
+    student, critic = jit(student, static_argnames="losses"), jit(critic)
 
     def take_step(state: TrainState, batch: dict[str, jax.Array], phase: Phase) -> tuple[TrainState, Metrics]:
         if phase.update == "critic":
@@ -362,7 +361,7 @@ def record_samples(
     """Writes samples for the captions of the first `count` records to the run's records."""
     with records.untimed():
         first = pipeline.read(source, range(count))
-        latents = np.asarray(sample(params, jnp.asarray(first["text"]), jnp.arange(count)))
+        latents = on_host(sample(params, jnp.asarray(first["text"]), jnp.arange(count)))
         for prompt, video in zip(first["prompt"], digits.latent_to_video(latents), strict=True):
             records.write_video(iteration, str(prompt), video, fps=digits.FPS, scale=8)
 

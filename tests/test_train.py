@@ -229,7 +229,7 @@ def test_an_update_draws_anew_for_every_iteration_and_seed_and_follows_the_warm_
         state = training.init_state(config, STUB, optimizers, mesh)
         state = state.replace(iteration=jax.device_put(np.int32(iteration), place.iteration))
         phase = Phase("student", frozenset({"scm"}), ratio)
-        return float(step(state, training.to_mesh(batch, mesh), phase)[1]["loss"])
+        return float(step(state, training.to_mesh(batch, mesh, 8), phase)[1]["loss"])
 
     losses = [loss(), loss(iteration=1), loss(seed=1), loss(ratio=1.0)]
     assert len(set(losses)) == 4
