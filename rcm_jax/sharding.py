@@ -111,20 +111,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): of `count` equal stretches of a batch this process' devices hold the rows of the index-th.
-
-    Processes that hold the same rows have the same index. It is (0, 1), the whole batch, where processes hold others'
-    rows in part.
-    """
-    parts = batch_parts(mesh)
-    rows = {process: set() for process in sorted({device.process_index for device in mesh.devices.flat})}
-    for device, (index,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
-        rows[device.process_index].update(range(*index.indices(parts)))
-    stretches = sorted({tuple(sorted(held)) for held in rows.values()})
-    if sum(stretches, ()) != tuple(range(parts)) or len({len(stretch) for stretch in stretches}) > 1:
-        return 0, 1
-    return stretches.index(tuple(sorted(rows[jax.process_index()]))), len(stretches)
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a batch that this process' devices hold, in order; processes that share samples hold the same."""
+    places = batch_sharding(mesh).devices_indices_map((batch_size,)).items()
+    held = [np.arange(batch_size)[index] for device, index in places if device.process_index == jax.process_index()]
+    return np.unique(np.concatenate(held))
 
 
 def block_ops(mesh: Mesh | None, heads: int, ulysses: int = 0) -> BlockOps:
@@ -165,19 +156,17 @@ def block_ops(mesh: Mesh | None, heads: int, ulysses: int = 0) -> BlockOps:
 def _split_attention(function: Callable[..., Any], mesh: Mesh, ulysses: int, q, k, v, *kept: jax.Array) -> Any:
     """`function` on each device's part of the batch, tokens and heads.
 
-    As many keys as queries are taken for those of the same tokens, and lie with them; fewer or more, such as captions',
-    are whole on every device that needs them. Either is right for any keys, and these are the cheaper ones.
+    As many keys as queries are taken for those of the same tokens, and lie with them. Others, such as a caption's, and
+    those of so few tokens that devices have none, are whole everywhere. Either is right for any keys.
     """
     batch, tokens, context = _batch_axes(mesh, len(q)), q.shape[1], mesh.shape["context"]
     part = -(-tokens // context)
     rows, statistic = PartitionSpec(batch, "context", "tensor"), PartitionSpec(batch, "tensor", "context")
     keys, options = PartitionSpec(batch, None, "tensor"), {}
-    if k.shape[1] == tokens and context > 1:
-        last = tokens - part * (context - ulysses)
-        if last < 1:
-            raise UserError(f"{tokens} tokens leave devices of mesh.context={context} without any: lower it")
+    last = tokens - part * (context - ulysses)
+    if k.shape[1] == tokens and context > 1 and last > 0:
         ring = Ring("context", context, ulysses, last, pallas_kernels.choose_back_end("auto", q))
-        keys, options = rows, {"implementation": Ulysses("context", context, ulysses, ring)}
+        keys, options = rows, {"implementation": Ulysses("context", context, ulysses, ring) if ulysses > 1 else ring}
         k, v = _pad_tokens(k, part * context), _pad_tokens(v, part * context)
     split = jax.shard_map(
         functools.partial(function, **options),

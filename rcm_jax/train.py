@@ -70,13 +70,11 @@ def _train(
         source = pipeline.InMemory(source)
     first = pipeline.first_sound(source)
     latent_shape, text_shape = first["latent"].shape, first["text"].shape
-    share, shares = sharding.batch_share(mesh)
     batches = pipeline.make_loader(
         source,
         batch_size=config.data.batch_size,
         seed=config.seed,
-        process_index=share,
-        process_count=shares,
+        rows=sharding.local_rows(mesh, config.data.batch_size),
     )
 
     network = create_network(config, mesh)
@@ -338,11 +336,11 @@ def compile_steps(
     return take_step
 
 
-def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh, rows: int) -> dict[str, jax.Array]:
-    """This process' share of a batch of so many rows as global arrays; texts stay behind."""
+def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """This process' rows of a batch of `batch_size` as global arrays; texts stay behind."""
     place = sharding.batch_sharding(mesh)
     return {
-        name: jax.make_array_from_process_local_data(place, batch[name], (rows, *batch[name].shape[1:]))
+        name: jax.make_array_from_process_local_data(place, batch[name], (batch_size, *batch[name].shape[1:]))
         for name in ("latent", "text", "fault")
     }
 

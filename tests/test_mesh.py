@@ -220,6 +220,7 @@ class TestProgramForTPUs:
         assert " all-to-all(" not in program().text
 
 
+@pytest.mark.usefixtures("no_cache")
 @pytest.mark.parametrize("platform", sharding.OVERLAP)
 def test_options_are_known_to_the_compiler(platform):
     """The CPU's knows those of GPUs."""
