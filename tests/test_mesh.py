@@ -93,7 +93,7 @@ def alone(start):
 
 
 SCM, DMD = frozenset({"scm"}), frozenset({"dmd"})
-CASES = [*((name, SCM) for name in MESHES), ("both and tensor", DMD)]
+CASES = [*((name, SCM) for name in MESHES), ("ulysses", DMD)]
 
 
 @pytest.mark.parametrize(("name", "losses"), CASES, ids=lambda value: "".join(value))
