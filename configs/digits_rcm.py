@@ -23,6 +23,9 @@ def get_config() -> ConfigDict:
                 "dtype": "float32",
                 # What the backward pass recomputes: none, block, or attention (all but attention).
                 "remat": "none",
+                # How many of mesh.context's devices exchange heads for tokens; keys go round the others in a ring.
+                # 0: as many as the heads of a device divide into.
+                "ulysses": 0,
             },
             "teacher": {
                 "path": "rcm_jax/assets/digits_teacher.safetensors",
@@ -63,8 +66,9 @@ def get_config() -> ConfigDict:
                 "dcm_shift": 3.0,
             },
             "ema": {"sigma_rel": 0.1},
-            # Devices along each axis; -1 takes all that are left.
-            "mesh": {"data": -1, "fsdp": 1},
+            # Devices along each axis; -1 takes all that are left. data and fsdp share out the batch, context a sample's
+            # tokens, tensor the heads and widths of layers; fsdp and tensor share out the parameters.
+            "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1},
             # Kept: the newest `keep`, those at multiples of `keep_every` iterations (0: none), and the one with the
             # lowest value of the metric `best` (empty: none), such as "loss_scm".
             "checkpoint": {"every": 100, "keep": 2, "keep_every": 0, "best": ""},

@@ -30,7 +30,8 @@ from rcm_jax.published import Published, find_published
 SHARD_SIZE = 64
 MAX_BAD = 0.01
 _MODEL = {"model", "text_encoder", "tokenizer", "size", "frames", "negative", "dtype", "shard_size"}
-_SAMPLING = {"dit", "sampler", "steps", "guidance", "shift", "sigma_max", "mid_times", "seed", "repeat"}
+_TIMES = {"sampler", "steps", "shift", "sigma_max", "mid_times"}
+_SAMPLING = _TIMES | {"dit", "guidance", "seed", "repeat", "context", "tensor"}
 # What each source takes, and what it needs.
 TAKES = {
     "videos": _MODEL | {"vae", "fps", "tile"},
@@ -147,12 +148,12 @@ def _open_captions(
     from rcm_jax.convert.loading import open_transformer
     from rcm_jax.models import vae
 
-    settings = inference.Settings(**sampling)
+    mesh, settings = options.make_mesh(arguments), inference.Settings(**sampling)
     inference.sample_times(settings)  # raises for steps that do not fit
     return precompute.from_captions(
         prompts,
         _open_text(arguments, published),
-        open_transformer(arguments.dit, arguments.model, dtype=options.check_dtype(arguments)),
+        open_transformer(arguments.dit, arguments.model, dtype=options.check_dtype(arguments), mesh=mesh),
         settings,
         latent_shape=vae.PRESETS[published.vae].latent_shape((frames, size[1], size[0])),
         seed=seed,

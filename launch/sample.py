@@ -202,7 +202,8 @@ def _open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
     from rcm_jax.models import clip, vae
 
     published, dtype = order.published, jnp.dtype(options.check_dtype(arguments))
-    transformer = loading.open_transformer(arguments.dit, arguments.model, dtype=dtype)
+    mesh = options.make_mesh(arguments)
+    transformer = loading.open_transformer(arguments.dit, arguments.model, dtype=dtype, mesh=mesh)
     embedded = inference.read_embeddings(arguments.embeddings, transformer.config) if arguments.embeddings else {}
     captions = list(order.prompts)
     if max(settings.guidance) > 1 and "negative" not in embedded:

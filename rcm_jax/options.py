@@ -21,6 +21,8 @@ from rcm_jax.published import (
 )
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from rcm_jax.convert.loading import Loadable
     from rcm_jax.data.tokenizer import Tokens
 
@@ -53,6 +55,8 @@ def add_parts(group: Any) -> list[str]:
             ("sigma-max", "X", float, "noise level at which a distilled model starts"),
             ("mid-times", "T,T", str, "TrigFlow times of a distilled model's later steps"),
             ("dtype", "NAME", str, "bfloat16 (default) or float32"),
+            ("context", "N", int, "devices that share out a video's tokens (default: 1)"),
+            ("tensor", "N", int, "devices, times those, that share out the network's heads (default: 1)"),
         )
     ]
     tile = group.add_argument("--tile", action="store_true", default=None, help="run the autoencoder in tiles")
@@ -140,6 +144,22 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"{option} {text} must be numbers with commas between: write {option} 4,3") from None
+
+
+def make_mesh(arguments: Namespace) -> "Mesh":
+    """The devices that run the network. Raises UserError for more than there are."""
+    import jax
+
+    from rcm_jax import sharding
+
+    context, tensor = (
+        1 if value is None else positive(f"--{name}", value)
+        for name, value in (("context", arguments.context), ("tensor", arguments.tensor))
+    )
+    count, devices = context * tensor, jax.devices()
+    if count > len(devices):
+        raise UserError(f"--context {context} times --tensor {tensor} is more than {len(devices)} devices: lower one")
+    return sharding.make_mesh(data=1, context=context, tensor=tensor, devices=devices[:count])
 
 
 def positive(option: str, value: int) -> int:

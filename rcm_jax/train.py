@@ -22,7 +22,7 @@ from rcm_jax.data import digits, pipeline, text
 from rcm_jax.generation import Sampler, student_sampler
 from rcm_jax.guard import Guard, Trouble
 from rcm_jax.lifetime import termination_notice, watchdog
-from rcm_jax.models.blocks import WHOLE, AttentionOps, Remat
+from rcm_jax.models.blocks import Remat
 from rcm_jax.models.functional import Network, functional
 from rcm_jax.models.wan import PRESETS, Wan
 from rcm_jax.records import RunRecords, warn, write_run_info
@@ -57,11 +57,12 @@ def _train(
         )
     stages = parse_stages(config.stages)
     total = total_iterations(stages)
-    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    if config.data.batch_size % mesh.size:
+    mesh = sharding.make_mesh(**config.mesh)
+    parts = sharding.batch_parts(mesh)
+    if config.data.batch_size % parts:
         raise UserError(
-            f"data.batch_size={config.data.batch_size} must be a multiple of the {mesh.size} devices: set it to "
-            f"{-(-config.data.batch_size // mesh.size) * mesh.size}"
+            f"data.batch_size={config.data.batch_size} must be a multiple of mesh.data * mesh.fsdp = {parts}: "
+            f"set it to {-(-config.data.batch_size // parts) * parts}"
         )
 
     source = pipeline.open_source(config.data.name, config.data.dir, "train")
@@ -73,8 +74,7 @@ def _train(
         source,
         batch_size=config.data.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=sharding.local_rows(mesh, config.data.batch_size),
     )
 
     network = create_network(config, mesh)
@@ -114,7 +114,7 @@ def _train(
         )
         batch = next(batches)
         report_bad_records(batch, bad_records)
-        batch = to_mesh(batch, mesh)
+        batch = to_mesh(batch, mesh, config.data.batch_size)
         state, metrics = take_step(state, batch, phase)
         window.append(metrics)
         iteration += 1
@@ -172,17 +172,16 @@ def keep_batch(trouble: Trouble, workdir: Path) -> None:
 
 
 def create_network(config: ConfigDict, mesh: Mesh | None = None) -> Network:
-    """The network of the config's preset, as pure functions, its attention split over the mesh, if there is one.
+    """The network of the config's preset, as pure functions, its blocks split over the mesh, if there is one.
 
-    Raises UserError for an unknown preset or remat policy.
+    Raises UserError for an unknown preset or remat policy, or a mesh that does not divide the heads.
     """
     if config.model.preset not in PRESETS:
         raise UserError(f"model.preset={config.model.preset!r} must be one of {', '.join(PRESETS)}")
     if config.model.remat not in get_args(Remat):
         raise UserError(f"model.remat={config.model.remat!r} must be one of {', '.join(get_args(Remat))}")
-    preset, dtype, ops = PRESETS[config.model.preset], jnp.dtype(config.model.dtype), WHOLE
-    if mesh is not None and mesh.size > 1:
-        ops = AttentionOps(*(sharding.split_over_batch(op, mesh) for op in WHOLE))
+    preset, dtype = PRESETS[config.model.preset], jnp.dtype(config.model.dtype)
+    ops = sharding.block_ops(mesh, preset.heads, config.model.ulysses)
     return functional(lambda rngs: Wan(preset, dtype=dtype, remat=config.model.remat, ops=ops, rngs=rngs))
 
 
@@ -258,7 +257,7 @@ def init_state(config: ConfigDict, network: Network, optimizers: Optimizers, mes
     if not needs(parse_stages(config.stages), "flow_matching"):
         if not config.teacher.path:
             raise UserError("teacher.path is empty: give the checkpoint of the model to distil")
-        teacher = load_params(config.teacher.path, network)
+        teacher = sharding.place_params(load_params(config.teacher.path, network), mesh)
     abstract = abstract_state(config, network, optimizers, mesh)
     init = functools.partial(create_initial_state, config, network, optimizers)
     return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(teacher)
@@ -327,9 +326,9 @@ def compile_steps(
         )
 
     seed = np.uint32(config.seed)
-    out = (shardings, None)
-    student = jax.jit(student, static_argnames="losses", donate_argnums=0, out_shardings=out)
-    critic = jax.jit(critic, donate_argnums=0, out_shardings=out)
+    options = sharding.compiler_options(shardings.iteration.mesh)
+    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
+    student, critic = jit(student, static_argnames="losses"), jit(critic)
 
     def take_step(state: TrainState, batch: dict[str, jax.Array], phase: Phase) -> tuple[TrainState, Metrics]:
         if phase.update == "critic":
@@ -339,10 +338,13 @@ def compile_steps(
     return take_step
 
 
-def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process' rows of a batch as global arrays; texts stay behind."""
+def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """This process' rows of a batch of `batch_size` as global arrays; texts stay behind."""
     place = sharding.batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(place, batch[name]) for name in ("latent", "text", "fault")}
+    return {
+        name: jax.make_array_from_process_local_data(place, batch[name], (batch_size, *batch[name].shape[1:]))
+        for name in ("latent", "text", "fault")
+    }
 
 
 def window_means(window: list[dict[str, Any]]) -> dict[str, float]:
@@ -359,7 +361,7 @@ def record_samples(
     """Writes samples for the captions of the first `count` records to the run's records."""
     with records.untimed():
         first = pipeline.read(source, range(count))
-        latents = np.asarray(sample(params, jnp.asarray(first["text"]), jnp.arange(count)))
+        latents = on_host(sample(params, jnp.asarray(first["text"]), jnp.arange(count)))
         for prompt, video in zip(first["prompt"], digits.latent_to_video(latents), strict=True):
             records.write_video(iteration, str(prompt), video, fps=digits.FPS, scale=8)
 

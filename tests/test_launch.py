@@ -147,7 +147,7 @@ def fails(main, words, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--config.mesh.fsdp=3"], "mesh of data=-1, fsdp=3 does not cover 8 devices"),
+        (["--config.mesh.fsdp=3"], "mesh of data=-1, fsdp=3, context=1, tensor=1 does not cover 8 devices"),
         (["--config.stages=rmc:10"], "'rmc:10' has no loss named 'rmc'"),
         (["--config.stages=rcm:10", "--config.teacher.path="], "teacher.path is empty"),
         (["--config.stages=rcm:10", "--config.teacher.path=README.md"], "README.md is not a complete safetensors file"),

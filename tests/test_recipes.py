@@ -50,7 +50,7 @@ def test_a_recipe_describes_a_state_that_can_be_made(name):
     """Shapes alone, on eight devices that share the parameters, whatever their size."""
     config = read(name, ["mesh.fsdp=8", "mesh.data=1"])
     stages, network = parse_stages(config.stages), create_network(config)
-    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    mesh = sharding.make_mesh(**config.mesh)
     state = abstract_state(config, network, create_optimizers(config), mesh)
     assert jax.tree.structure(state.student) == jax.tree.structure(network.abstract_params())
     assert (state.teacher is None) == needs(stages, "flow_matching")

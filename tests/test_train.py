@@ -188,11 +188,11 @@ def test_samples_are_recorded_as_videos_of_their_captions(folder):
         ("rcm", {"teacher.path": ""}, r"teacher\.path is empty: give the checkpoint of the model to distil"),
         ("flow_matching", {"model.preset": "wan3"}, r"model\.preset='wan3' must be one of digits, "),
         ("flow_matching", {"log.sample_every": 1, "data.name": "wan"}, r"log\.sample_every=1 needs a decoder of 'wan'"),
-        ("flow_matching", {"mesh.fsdp": 3}, r"fsdp=3 does not cover 8 devices: set mesh\.data=-1"),
+        ("flow_matching", {"mesh.fsdp": 3}, r"fsdp=3, context=1, tensor=1 does not cover 8 devices: set mesh\.data=-1"),
         (
             "flow_matching",
             {"data.batch_size": 12},
-            r"data\.batch_size=12 must be a multiple of the 8 devices: set it to 16",
+            r"data\.batch_size=12 must be a multiple of mesh\.data \* mesh\.fsdp = 8: set it to 16",
         ),
         ("rcm", {"teacher.path": "absent.safetensors"}, r"absent\.safetensors is not a file"),
         ("flow_matching", {"teacher.negative_path": "absent.safetensors"}, r"absent\.safetensors is not a file"),
@@ -229,7 +229,7 @@ def test_an_update_draws_anew_for_every_iteration_and_seed_and_follows_the_warm_
         state = training.init_state(config, STUB, optimizers, mesh)
         state = state.replace(iteration=jax.device_put(np.int32(iteration), place.iteration))
         phase = Phase("student", frozenset({"scm"}), ratio)
-        return float(step(state, training.to_mesh(batch, mesh), phase)[1]["loss"])
+        return float(step(state, training.to_mesh(batch, mesh, 8), phase)[1]["loss"])
 
     losses = [loss(), loss(iteration=1), loss(seed=1), loss(ratio=1.0)]
     assert len(set(losses)) == 4

@@ -13,12 +13,12 @@ TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "2"}
 SHARDED = ("mesh.fsdp=2", "checkpoint.every=10")  # processes wait for each other at every save
 
 
-def start_two(run, *overrides):
-    """Two processes of one device each."""
+def start_two(run, *overrides, devices=1):
+    """Two processes of so many devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": str(devices)}
     return [
         run.start(
             *SHARDED,
@@ -70,3 +70,13 @@ def test_another_mesh_changes_no_more_than_rounding(on_two_devices, undisturbed)
     one, two = (load_safetensors(run.workdir / "ema.safetensors")[0] for run in (undisturbed, on_two_devices))
     for name, tensor in one.items():
         assert np.linalg.norm(tensor - two[name]) <= 1e-3 * np.linalg.norm(tensor), name
+
+
+def test_two_processes_of_four_devices_share_the_tokens_and_heads_of_every_sample(make_run, undisturbed):
+    """Both work on the same samples; their losses are those of one device, to a hundred roundings of float32."""
+    run, steps = make_run("two_times_four"), 6
+    sizes = ("mesh.data=1", "mesh.fsdp=1", "mesh.context=4", "mesh.tensor=2")
+    first, second = start_two(run, *sizes, f"stages=flow_matching:{steps}", devices=4)
+    assert (first.wait(), second.wait()) == (0, 0), first.output + second.output
+    expected, found = ([record["loss"] for record in each.records()] for each in (undisturbed, run))
+    np.testing.assert_allclose(found, expected[:steps], rtol=1e-5)
