@@ -214,15 +214,15 @@ def program():
 class TestProgramForTPUs:
     def test_no_attention_with_tangent_runs_in_the_backward_pass(self):
         """Twice a block over the keys of the ring, once over the caption's."""
-        kernels = [re.findall(r"custom-call\(.*/(attention\w*)/pallas_call", "\n".join(x)) for x in program().loops]
+        kernels = [re.findall(r"custom-call\(.*\W(attention\w*)/pallas_call", "\n".join(x)) for x in program().loops]
         assert kernels == [3 * ["attention_with_tangent"], 3 * ["attention_gradient"]]
         assert program().text.count('custom_call_target="tpu_custom_call"') == 6
 
     def test_weights_are_gathered_block_by_block_while_others_compute(self):
         """Not all blocks' at once, nor as sums; of a block's ten matrices the first have nothing to hide behind."""
         for lines in program().loops:
-            assert sum(" all-gather(" in line for line in lines) <= 2
-            assert program().count_fused(lines, "all-gather") >= 8
+            assert sum(" all-gather(" in line for line in lines) <= 3
+            assert program().count_fused(lines, "all-gather") >= 7
         forward, _ = program().loops
         assert not [line for line in forward if " all-reduce(" in line]
         assert not re.findall(rf"= \w+\[{LAYERS},\d+,\d+\]\S* all-gather\(", program().text)
