@@ -20,7 +20,7 @@ from rcm_jax import media, sharding, train
 from rcm_jax.config import load
 from rcm_jax.models.wan import PRESETS, WanConfig
 from rcm_jax.schedule import Phase
-from rcm_jax.steps import guided
+from rcm_jax.methods import guided
 
 LATENT = (21, 60, 104)
 CONFIG = Path(__file__).parent.parent / "configs" / "wan2_1_t2v_1_3b.py"

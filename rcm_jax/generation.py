@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from rcm_jax import sampling
 from rcm_jax.models.functional import Network
-from rcm_jax.steps import guided
+from rcm_jax.methods import guided
 from rcm_jax.trigflow import rf_velocity
 
 # (params, text_BSD, seeds_B) -> latents (B, T, H, W, C)

@@ -28,7 +28,8 @@ from rcm_jax.models.wan import PRESETS, Wan
 from rcm_jax.records import RunRecords, warn, write_run_info
 from rcm_jax.schedule import Phase, needs, phase_at, total_iterations
 from rcm_jax.state import Params, TrainState, create_optimizer, create_state, ema_exponent
-from rcm_jax.steps import Metrics, Recipe, critic_step, student_step
+from rcm_jax.methods import Applies, Recipe
+from rcm_jax.steps import Metrics, critic_step, student_step
 
 # The official balance of the losses, 100 : 1, belongs to latents of 16 x 21 x 60 x 104 elements.
 OFFICIAL_ELEMENTS = 16 * 21 * 60 * 104

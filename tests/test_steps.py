@@ -22,7 +22,8 @@ from rcm_jax.models.blocks import WHOLE, AttentionOps
 from rcm_jax.models.functional import functional
 from rcm_jax.models.wan import Wan, WanConfig
 from rcm_jax.state import create_state
-from rcm_jax.steps import Recipe, critic_step, ema_decay, guided, student_step
+from rcm_jax.methods import Applies, Recipe, guided
+from rcm_jax.steps import critic_step, ema_decay, student_step
 
 LATENT, TEXT = (2, 4, 4, 2), (5, 10)
 BATCH = 8
@@ -62,13 +63,18 @@ def small_apply(params, x, time_B, text_BSD, *, mode="reverse"):
     return hidden @ params["head"]["head"]["kernel"] / 6 + condition.mean(axis=1).reshape(-1, 1, 1, 1, 1)
 
 
+def same(apply):
+    """One network's apply for student, teacher and fake score."""
+    return Applies(apply, apply, apply)
+
+
 @functools.cache
 def compiled(accumulate=1, mesh=None):
     """(student step, critic step), jitted; on a mesh, with results that lie as a state does."""
     recipe = Recipe(accumulate=accumulate, scm_weight=5.0)
     student = functools.partial(student_step, loss_names=LOSSES, negative_text=NEGATIVE)
     steps = (
-        functools.partial(f, apply=small_apply, optimizer=OPTIMIZER, recipe=recipe) for f in (student, critic_step)
+        functools.partial(f, apply=same(small_apply), optimizer=OPTIMIZER, recipe=recipe) for f in (student, critic_step)
     )
     placed = {}
     if mesh is not None:
@@ -215,7 +221,7 @@ def scm_update_of_wan(mesh=None):
     step = functools.partial(
         student_step,
         loss_names=frozenset({"scm"}),
-        apply=network.apply,
+        apply=same(network.apply),
         optimizer=OPTIMIZER,
         recipe=Recipe(scm_weight=5.0),
         negative_text=NEGATIVE,
@@ -323,7 +329,7 @@ def test_the_simulation_grows_with_its_own_networks_updates(updates, start, batc
         jax.debug.callback(lambda: passes.append(1))
         return small_apply(*args, **kwargs)
 
-    settings = {"apply": counted, "optimizer": OPTIMIZER, "recipe": Recipe()}
+    settings = {"apply": same(counted), "optimizer": OPTIMIZER, "recipe": Recipe()}
     if updates == "student_updates":
         step = functools.partial(student_step, loss_names=frozenset({"dmd"}), negative_text=NEGATIVE, **settings)
         arguments, others = (RATIO,), 2  # guided teacher, fake score
