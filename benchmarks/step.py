@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from rcm_jax import media, sharding, train
 from rcm_jax.config import load
+from rcm_jax.methods import guided
 from rcm_jax.models.wan import PRESETS, WanConfig
 from rcm_jax.schedule import Phase
-from rcm_jax.methods import guided
 
 LATENT = (21, 60, 104)
 CONFIG = Path(__file__).parent.parent / "configs" / "wan2_1_t2v_1_3b.py"
@@ -49,7 +49,8 @@ def main() -> None:
 def measure(size: list[int], overrides: list[str], repeat: int):
     """Yields a row for each part: forward passes, then whole steps."""
     config = load(CONFIG, ["data.batch_size=1", *overrides])
-    network, optimizers = train.create_network(config), train.create_optimizers(config)
+    networks, optimizers = train.create_networks(config), train.create_optimizers(config)
+    network = networks.student
     mesh, preset = sharding.make_mesh(), PRESETS[config.model.preset]
     latent = (*size, preset.in_channels)
     forward, tangent, gradient = operations(preset, preset.tokens(latent))
@@ -78,11 +79,11 @@ def measure(size: list[int], overrides: list[str], repeat: int):
     yield row("teacher, guided pair", 2 * forward, guided_teacher, teacher, x, time_B)
     yield row("student, value and tangent", forward + tangent, value_and_tangent, teacher, x, time_B)
 
-    state = train.create_initial_state(config, network, optimizers, teacher)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, train.abstract_state(config, network, optimizers, mesh))
+    state = train.create_initial_state(config, networks, optimizers, teacher)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, train.abstract_state(config, networks, optimizers, mesh))
     state = jax.device_put(state, shardings)
     del teacher
-    take_step = train.compile_steps(config, network, optimizers, latent, negative, shardings)
+    take_step = train.compile_steps(config, networks, optimizers, latent, negative, shardings)
     batch = jax.device_put({"latent": x, "text": text[None]}, sharding.batch_sharding(mesh))
     scm = 3 * forward + tangent + gradient
     # The backward simulation runs 1, 2, 3 and 4 student passes in turn, the last of them with a gradient.

@@ -5,6 +5,7 @@ returned per sample, shape (B,): the step averages over the batch. Losses are *s
 as in the official code; a mean would change the balance between them.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ def _difference(now: jax.Array, before: jax.Array, step: float) -> jax.Array:
 
 
 def conditional_velocity(x0: Float[Array, "b t h w c"], noise: Float[Array, "b t h w c"]) -> Velocity:
-    """cos t noise - sin t x0: on average over the data the true F. In place of a teacher sCM becomes sCT (sCM eq. 5)."""
+    """cos t noise - sin t x0, whose mean given x_t is the true F: with it for a teacher, sCM is sCT (sCM section 2)."""
 
     def velocity(x_t: jax.Array, t_B: jax.Array) -> jax.Array:
         cos, sin = cos_sin(t_B, x_t)
@@ -173,10 +174,10 @@ def simulate(
     return denoise(student, x, times_KB[steps - 1])
 
 
-def simulation_times(draws_KB: Float[Array, "k b"], start: float = jnp.pi / 2) -> Float[Array, "k b"]:
+def simulation_times(draws_KB: Float[Array, "k b"], start: float = math.pi / 2) -> Float[Array, "k b"]:
     """Times of a backward simulation: `start`, then each no later than the one before it. draws_KB[0] is not used."""
-    start = jnp.full_like(draws_KB[:1], start)
-    return lax.cummin(jnp.concatenate([start, draws_KB[1:]]), axis=0)
+    first = jnp.full_like(draws_KB[:1], start)
+    return lax.cummin(jnp.concatenate([first, draws_KB[1:]]), axis=0)
 
 
 def dmd(

@@ -47,7 +47,10 @@ def mean_flow_loss(
 
 
 def mixed_velocity(
-    student: MeanVelocity, x0: Float[Array, "b t h w c"], noise: Float[Array, "b t h w c"], guidance_B: Float[Array, "b"]
+    student: MeanVelocity,
+    x0: Float[Array, "b t h w c"],
+    noise: Float[Array, "b t h w c"],
+    guidance_B: Float[Array, "b"],
 ) -> Velocity:
     """The velocity for training without a teacher: w (noise - x0) + (1 - w) u(x, s, 0), section 4.2, eq. 19.
 

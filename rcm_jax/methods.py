@@ -6,6 +6,7 @@ each, by name. The formulas are in losses.py and mean_flow.py.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rcm_jax import losses
+from rcm_jax.config import MEAN_FLOW
 from rcm_jax.mean_flow import MeanVelocity, draw_interval, mean_flow_loss, mixed_velocity
 from rcm_jax.state import Params, TrainState, overlay
 from rcm_jax.trigflow import (
@@ -25,7 +27,6 @@ from rcm_jax.trigflow import (
     draw_shifted_uniform,
     mix,
     rf_velocity,
-    trig_from_rf,
     trig_velocity,
 )
 
@@ -93,21 +94,15 @@ class Setting:
     recipe: Recipe
     negative_text: jax.Array  # (S, D)
 
-    def student(
-        self, text_BSD: jax.Array | None = None, *, frozen: bool = False, mode: str = "reverse"
-    ) -> Velocity:
+    def student(self, text_BSD: jax.Array | None = None, *, frozen: bool = False, mode: str = "reverse") -> Velocity:
         """The student's TrigFlow velocity, perhaps without gradient; by default with the batch's captions."""
         text_BSD = self.batch["text"] if text_BSD is None else text_BSD
         return conditioned(self.apply.student, self._student_params(frozen), text_BSD, mode=mode)
 
     def mean_velocity(self, text_BSD: jax.Array, *, frozen: bool = False) -> MeanVelocity:
         """The student's mean velocity; with gradient it serves `jax.jvp` alone."""
-        apply, params, mode = self.apply.student, self._student_params(frozen), "reverse" if frozen else "forward"
-
-        def velocity(x: jax.Array, s_B: jax.Array, span_B: jax.Array) -> jax.Array:
-            return apply(params, x, NET_TIME_SCALE * s_B, text_BSD, span_B=NET_TIME_SCALE * span_B, mode=mode)
-
-        return velocity
+        mode = "reverse" if frozen else "forward"
+        return mean_velocity(self.apply.student, self._student_params(frozen), text_BSD, mode=mode)
 
     def teacher_net(self, x: jax.Array, time_B: jax.Array) -> jax.Array:
         """The guided teacher's RF velocity on network times."""
@@ -192,7 +187,7 @@ def dmd(at: Setting) -> Losses:
     """Distribution matching and, in DMD2, the GAN on the features of the same pass through the fake score."""
     text, noise, t = at.batch["text"], at.draws["dmd_noise"], at.draws["dmd_t"]
     steps = at.state.student_updates % at.recipe.simulation_steps + 1
-    generated = _generate(at.student(), at.student(frozen=True), at.batch, at.draws, steps, at.recipe)
+    generated = simulate_student(at.student(), at.student(frozen=True), at.batch, at.draws, steps, at.recipe)
     params = overlay(at.state.teacher, at.state.fake)
     if "gan" not in at.loss_names:
         fake, gan = conditioned(at.apply.fake, params, text), {}
@@ -236,7 +231,7 @@ def critic_losses(
     text, noise, t = batch["text"], draws["dmd_noise"], draws["dmd_t"]
     student = conditioned(apply.student, overlay(state.teacher, state.student), text)
     steps = state.critic_updates % recipe.simulation_steps + 1
-    generated = lax.stop_gradient(_generate(student, student, batch, draws, steps, recipe))
+    generated = lax.stop_gradient(simulate_student(student, student, batch, draws, steps, recipe))
     params = overlay(state.teacher, params)
     if "gan" not in loss_names:
         return {"critic": losses.critic(conditioned(apply.fake, params, text), generated, noise, t)}
@@ -252,6 +247,15 @@ def critic_losses(
 def conditioned(apply: Apply, params: Params, text_BSD: jax.Array, *, mode: str = "reverse") -> Velocity:
     """The TrigFlow velocity of a network with parameters and caption closed over."""
     return trig_velocity(lambda x, time: apply(params, x, time, text_BSD, mode=mode))
+
+
+def mean_velocity(apply: Apply, params: Params, text_BSD: jax.Array, *, mode: str = "reverse") -> MeanVelocity:
+    """The mean velocity, on RF times, of a network with parameters and caption closed over."""
+
+    def velocity(x: jax.Array, s_B: jax.Array, span_B: jax.Array) -> jax.Array:
+        return apply(params, x, NET_TIME_SCALE * s_B, text_BSD, span_B=NET_TIME_SCALE * span_B, mode=mode)
+
+    return velocity
 
 
 def judged(apply: Apply, params: Params, text_BSD: jax.Array) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -287,7 +291,7 @@ def draw_student(key: jax.Array, latent: jax.Array, loss_names: frozenset[str], 
         "t": draw_lognormal(t, (batch,), *p_G, recipe.rf_range),
         "u": jax.random.uniform(u, (batch,)),
     }
-    if loss_names & {"mean_flow", "mean_flow_scratch"}:
+    if loss_names & MEAN_FLOW:
         s, span = draw_interval(interval, batch, *p_G, recipe.mean_flow_share, recipe.rf_range)
         draws |= {"s": s, "span": span}
     return draws | (draw_generated(generated, latent, recipe) if "dmd" in loss_names else {})
@@ -311,16 +315,13 @@ def draw_generated(key: jax.Array, latent: jax.Array, recipe: Recipe) -> Batch:
     }
 
 
-def _generate(
+def simulate_student(
     student: Velocity, frozen: Velocity, batch: Batch, draws: Batch, steps: jax.Array, recipe: Recipe
 ) -> jax.Array:
     """Backward simulation from pure noise or, for an expert of low noise, from noised data where its range begins."""
     times, noises = draws["simulation_times"].T, jnp.moveaxis(draws["simulation_noises"], 1, 0)
     highest = recipe.rf_range[1]
+    times = losses.simulation_times(times, math.atan2(highest, 1.0 - highest))
     if highest < 1.0:
-        start = trig_from_rf(jnp.float32(highest))
-        times = losses.simulation_times(times, start)
         noises = noises.at[0].set(mix(batch["latent"], noises[0], times[0]))
-    else:
-        times = losses.simulation_times(times)
     return losses.simulate(student, frozen, times, noises, steps)

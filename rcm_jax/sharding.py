@@ -21,10 +21,15 @@ BATCH = PartitionSpec(AXES)
 RULES = (
     (r"blocks\.(self_attn|cross_attn|ffn|modulation_\w+)\.\w+\.kernel", PartitionSpec(None, "fsdp", None)),
     (r"blocks\.(self_attn|cross_attn|ffn)\.\w+\.(bias|scale)", PartitionSpec()),
+    (r"blocks\.(self_attn|cross_attn|ffn)\.\w+\.lora_a", PartitionSpec(None, "fsdp", None)),
+    (r"blocks\.(self_attn|cross_attn|ffn)\.\w+\.lora_b", PartitionSpec(None, None, "fsdp")),
     (r"blocks\.norm3\.(bias|scale)", PartitionSpec()),
     (r"patch_embedding\.kernel", PartitionSpec(None, "fsdp")),  # its rows are few and seldom a multiple of 8
-    (r"((text|time)_embedding|image_embedding\.mlp|head\.modulation)\.\w+\.kernel", PartitionSpec("fsdp", None)),
-    (r"((text|time)_embedding|image_embedding\.mlp)\.\w+\.bias", PartitionSpec()),
+    (
+        r"((text|time|span)_embedding|(image_embedding|discriminator)\.mlp|head\.modulation)\.\w+\.kernel",
+        PartitionSpec("fsdp", None),
+    ),
+    (r"((text|time|span)_embedding|(image_embedding|discriminator)\.mlp)\.\w+\.bias", PartitionSpec()),
     (r"(time_projection|head\.head)\.kernel", PartitionSpec("fsdp", None)),
     (r"(patch_embedding|time_projection|head\.head)\.bias", PartitionSpec()),
     (r"(image_embedding\.norm_(in|out)|time_norm)\.(bias|scale)", PartitionSpec()),

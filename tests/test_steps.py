@@ -18,11 +18,11 @@ from flax import traverse_util
 from jax.experimental import topologies
 
 from rcm_jax import sharding
+from rcm_jax.methods import Applies, Recipe, guided
 from rcm_jax.models.blocks import WHOLE, AttentionOps
 from rcm_jax.models.functional import functional
 from rcm_jax.models.wan import Wan, WanConfig
 from rcm_jax.state import create_state
-from rcm_jax.methods import Applies, Recipe, guided
 from rcm_jax.steps import critic_step, ema_decay, student_step
 
 LATENT, TEXT = (2, 4, 4, 2), (5, 10)
@@ -74,7 +74,8 @@ def compiled(accumulate=1, mesh=None):
     recipe = Recipe(accumulate=accumulate, scm_weight=5.0)
     student = functools.partial(student_step, loss_names=LOSSES, negative_text=NEGATIVE)
     steps = (
-        functools.partial(f, apply=same(small_apply), optimizer=OPTIMIZER, recipe=recipe) for f in (student, critic_step)
+        functools.partial(f, apply=same(small_apply), optimizer=OPTIMIZER, recipe=recipe)
+        for f in (student, critic_step)
     )
     placed = {}
     if mesh is not None:
