@@ -224,9 +224,7 @@ def validate(config: ConfigDict) -> None:
 def _check_methods(flat: dict[str, Any], losses: set[str]) -> None:
     """What the losses of all stages ask of other values."""
     if flat["model.lora_rank"] and not losses & FROM_TEACHER:
-        raise UserError(
-            "model.lora_rank adapts a teacher, and no stage has one: set it to 0, or name a loss that distils"
-        )
+        raise UserError("model.lora_rank adapts a teacher, and no stage has one: set it to 0")
     if flat["model.critic_lora_rank"] and "dmd" not in losses:
         raise UserError("model.critic_lora_rank adapts a fake score, and no stage has dmd: set it to 0")
     lowest, highest = flat["loss.rf_range"]
