@@ -181,19 +181,17 @@ TakeStep = Callable[[TrainState, jax.Array, Phase], TrainState]
 def compile_arm(arm: Arm, start: Params, student_updates: int) -> tuple[TrainState, TakeStep]:
     """The first state, and (state, key of the run, phase) -> the state after one update."""
     losses, mixture, recipe = arm.stage.losses, arm.mixture, arm.recipe
-    optimizer = create_optimizer(
-        arm.rate,
-        b2=0.99,
-        weight_decay=0.0,
-        warmup=100,
-        decay_from=student_updates // 2,
-        decay_to=student_updates,
-    )
+
+    def optimize(updates: int) -> optax.GradientTransformation:
+        settings = {"decay_from": updates // 2, "decay_to": updates, "warmup": 100}
+        return create_optimizer(arm.rate, b2=0.99, weight_decay=0.0, **settings)
+
+    optimizer, critic_optimizer = optimize(student_updates), optimize(student_updates * (arm.update_freq - 1))
     key, dim = jax.random.key(1), mixture.dim
     student = init_mlp(key, dim, ["span"] if "mean_flow" in losses else []) | start
     fake = init_mlp(key, dim, ["discriminator"] if "gan" in losses else []) | start
-    state = create_state(student, {}, optimizer, optimizer if "dmd" in losses else None, fake)
-    shared = {"apply": Applies(apply_mlp, mixture.velocity, apply_mlp), "optimizer": optimizer, "recipe": recipe}
+    state = create_state(student, {}, optimizer, critic_optimizer if "dmd" in losses else None, fake)
+    shared = {"apply": Applies(apply_mlp, mixture.velocity, apply_mlp), "recipe": recipe}
 
     @functools.partial(jax.jit, static_argnames=("update", "losses"), donate_argnums=0)
     def take_step(state, run_key, ratio, update, losses):
@@ -201,9 +199,9 @@ def compile_arm(arm: Arm, start: Params, student_updates: int) -> tuple[TrainSta
         latent, text = mixture.sample(data, BATCH)
         batch = {"latent": latent, "text": text}
         if update == "critic":
-            return critic_step(state, batch, draws, loss_names=losses, **shared)[0]
-        negative = jnp.zeros((1, CAPTIONS))
-        return student_step(state, batch, draws, ratio, loss_names=losses, negative_text=negative, **shared)[0]
+            return critic_step(state, batch, draws, loss_names=losses, optimizer=critic_optimizer, **shared)[0]
+        options = {"loss_names": losses, "optimizer": optimizer, "negative_text": jnp.zeros((1, CAPTIONS))}
+        return student_step(state, batch, draws, ratio, **options, **shared)[0]
 
     return state, lambda state, key, phase: take_step(
         state, key, jnp.float32(phase.tangent_ratio), phase.update, phase.losses

@@ -14,7 +14,7 @@ from configs import digits_rcm
 
 
 def get_config() -> ConfigDict:
-    """The sCM recipe's budget; three samples in four have an interval, since the teacher's velocity is known already."""
+    """The sCM recipe's budget; three samples in four have an interval, since the student knows velocities already."""
     config = digits_rcm.get_config()
     config.stages = "mean_flow:860"
     config.loss.mean_flow_share = 0.75

@@ -2,8 +2,8 @@
 
 python -m launch.train --config=configs/digits_sct.py --workdir=runs/digits_sct
 
-First flow matching, then the consistency loss with the data's own velocities, without guidance. Made for a GPU: hours on
-two CPU cores. Its result has not been measured.
+First flow matching, then the consistency loss with the data's own velocities, without guidance. Made for a GPU: hours
+on two CPU cores. Its result has not been measured.
 """
 
 from ml_collections import ConfigDict

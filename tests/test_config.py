@@ -250,6 +250,15 @@ def test_a_value_that_is_plainly_none_has_no_type_to_override(recipe: Path):
         ("loss.p_D_shift", [0.0]),
         ("loss.dcm_steps", [1]),
         ("loss.dcm_shift", [0.0]),
+        ("loss.gan_weight", [-1.0]),
+        ("loss.gan_critic_weight", [-1.0]),
+        ("loss.tangent", ["forward"]),
+        ("loss.tangent_step", [0.0, 0.1]),
+        ("loss.rf_range", [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (0.5,), 3]),
+        ("loss.mean_flow_share", [0.0, 1.1]),
+        ("loss.mean_flow_power", [-0.1, 1.1]),
+        ("model.lora_rank", [-1]),
+        ("model.critic_lora_rank", [-1]),
         ("ema.sigma_rel", [0.0, 0.29]),
         ("mesh.data", [0, -2, 1.5]),
         ("mesh.fsdp", [0, -2]),
@@ -272,6 +281,24 @@ def test_a_value_that_breaks_its_rule_is_named(recipe: Path, key: str, values: l
             validate(config)
         assert key in str(error.value)
         assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages=sct:9", "model.lora_rank=4"], "model.lora_rank adapts a teacher, and no stage has one"),
+        (["stages=scm:9", "model.critic_lora_rank=4"], "adapts a fake score, and no stage has dmd"),
+        (["stages=dcm:9", "loss.rf_range=0.5,1.0"], "loss.rf_range bounds drawn times, dcm has a grid of all"),
+        (
+            ["stages=dmd:9", "loss.rf_range=0.5,1.0", "loss.simulation_times=(1.3, 0.6)"],
+            "loss.simulation_times has 0.6, RF time 0.406, outside loss.rf_range",
+        ),
+    ],
+)
+def test_values_that_do_not_go_together_are_named(recipe: Path, overrides: list[str], message: str):
+    with pytest.raises(UserError) as error:
+        load(recipe, overrides)
+    assert message in str(error.value)
 
 
 def test_a_batch_that_does_not_split_names_one_that_does(recipe: Path):
