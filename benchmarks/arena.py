@@ -70,7 +70,7 @@ METHODS = {
     "sCM, longer": Method("scm", "p_G_mean", (-0.8, 0.0, 0.8), longer=3),
     "dCM": Method("dcm", "dcm_steps", (18, 48, 128)),
     "DMD": Method("dmd", "student_update_freq", (2, 3, 5)),
-    "DMD2": Method("dmd2", "gan_weight", (0.003, 0.03, 0.3), {"simulation_times": MID_TIMES}),
+    "DMD2": Method("dmd2", "gan_weight", (0.03, 0.3, 3.0), {"simulation_times": MID_TIMES}),
     "MeanFlow": Method("mean_flow", "mean_flow_share", (0.25, 0.5, 1.0)),
     "sCT": Method("sct", "p_G_mean", (-0.8, 0.0, 0.8)),
 }

@@ -54,9 +54,10 @@ def get_config() -> ConfigDict:
                 # None: 100 * sqrt(elements of a latent / 2.1e6), the official balance, here 3.1.
                 "scm_weight": config_dict.placeholder(float),
                 "dmd_weight": 1.0,
-                # Of the GAN: in the student's sum and in the fake score's.
-                "gan_weight": 0.01,
-                "gan_critic_weight": 0.1,
+                # Of the GAN, in the student's sum and in the fake score's. The losses beside it are sums over 2,048
+                # elements: where those are means, as in DMD2's code, these two are 0.0025 and 0.005.
+                "gan_weight": 10.0,
+                "gan_critic_weight": 10.0,
                 # How sCM differentiates the student: exact, or by differences over `tangent_step`, semicontinuous (in
                 # time alone) or discrete (along the path: no derivative of the network at all).
                 "tangent": "exact",

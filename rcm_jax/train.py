@@ -220,9 +220,16 @@ def create_network(config: ConfigDict, mesh: Mesh | None = None, **extras: Any) 
 
 
 def load_params(path: str | Path, network: Network) -> Params:
-    """A network's parameters from a checkpoint of any kind that convert/ reads: a teacher, or a student of ours."""
+    """A network's parameters from a checkpoint of any kind that convert/ reads: a teacher, or a student of ours.
+
+    The second time of MeanFlow, which a teacher lacks, starts at zero.
+    """
     _, tensors = families.published(open_source(Path(path)), families.WAN)
-    return params_from_wan(tensors, network.abstract_params(), source=str(path))
+    abstract, own = network.abstract_params(), {}
+    if "span_embedding" in abstract and "span_embedding.0.weight" not in tensors:
+        spans = abstract.pop("span_embedding")
+        own = {"span_embedding": jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), spans)}
+    return params_from_wan(tensors, abstract, source=str(path)) | own
 
 
 def negative_text(config: ConfigDict, text_shape: tuple[int, ...]) -> jax.Array:

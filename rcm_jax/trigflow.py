@@ -42,8 +42,8 @@ def draw_lognormal(
     key: Key[Array, ""], shape: tuple[int, ...], mean: float, std: float, rf_range: Range = WHOLE_RANGE
 ) -> Float[Array, "..."]:
     """TrigFlow times whose noise level sigma = tan t is log-normal (p_G, rCM section 4), within a range of RF times."""
-    log_sigma = [math.log(s / (1.0 - s)) if 0 < s < 1 else math.copysign(math.inf, s - 0.5) for s in rf_range]
-    normal = jax.random.truncated_normal(key, *((limit - mean) / std for limit in log_sigma), shape)
+    lowest, highest = (math.log(s / (1.0 - s)) if 0 < s < 1 else math.copysign(math.inf, s - 0.5) for s in rf_range)
+    normal = jax.random.truncated_normal(key, (lowest - mean) / std, (highest - mean) / std, shape)
     return jnp.arctan(jnp.exp(mean + std * normal))
 
 

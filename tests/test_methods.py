@@ -5,19 +5,27 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import digits_dmd2, digits_lora, digits_mean_flow
 from rcm_jax import adapters, sharding
-from rcm_jax.checkpoint import load_safetensors
+from rcm_jax.checkpoint import export_safetensors, load_safetensors
 from rcm_jax.convert import merging
 from rcm_jax.convert.sources import open_source
 from rcm_jax.convert.wan import wan_tensors
-from rcm_jax.methods import Recipe, draw_student, mean_velocity, simulate_student
+from rcm_jax.methods import Recipe, Setting, draw_student, mean_velocity, scm, simulate_student
 from rcm_jax.models.wan import PRESETS, WanConfig
-from rcm_jax.state import overlay
+from rcm_jax.state import create_state, overlay
 from rcm_jax.steps import critic_step, student_step
-from rcm_jax.train import abstract_state, create_networks, create_optimizers, export, first_params
+from rcm_jax.train import (
+    abstract_state,
+    create_networks,
+    create_optimizers,
+    export,
+    first_params,
+    load_params,
+)
 from rcm_jax.trigflow import WHOLE_RANGE, mix, trig_from_rf
 
 TINY = WanConfig(dim=48, ffn_dim=64, heads=2, layers=2, in_channels=2, out_channels=2, text_dim=10, time_dim=16)
@@ -31,6 +39,7 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+MESH = sharding.make_mesh()
 X, CAPTION = normal(0, BATCH, *LATENT), normal(1, BATCH, *TEXT)
 
 
@@ -62,6 +71,15 @@ def test_a_teachers_velocity_is_the_mean_velocity_of_a_new_student():
     assert not np.allclose(mean(trained, SPAN), mean(trained, SPAN / 2))
 
 
+def test_a_teachers_checkpoint_fits_a_mean_flow_network(tmp_path):
+    networks = create_networks(configure(digits_mean_flow))
+    teacher = randomised(networks.teacher.abstract_params())
+    export_safetensors(tmp_path / "teacher.safetensors", wan_tensors(teacher, TINY), {})
+    params = load_params(tmp_path / "teacher.safetensors", networks.student)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(params.pop("span_embedding")))
+    jax.tree.map(np.testing.assert_array_equal, params, teacher)
+
+
 def test_the_tangent_of_a_mean_velocity_is_its_derivative_along_all_three_inputs():
     """By a central difference over 0.1 network times, where float32 and the third derivative leave a percent."""
     network = create_networks(configure(digits_mean_flow)).student
@@ -73,6 +91,29 @@ def test_the_tangent_of_a_mean_velocity_is_its_derivative_along_all_three_inputs
     plain = fast_jit(mean_velocity(network.apply, params, CAPTION))
     difference = (np.float64(plain(*at(step))) - np.float64(plain(*at(-step)))) / (2 * step)
     assert np.linalg.norm(found - difference) < 2e-2 * np.linalg.norm(difference)
+
+
+@pytest.mark.parametrize("tangent", ["semicontinuous", "discrete"])
+def test_a_difference_gives_a_network_the_gradient_of_the_exact_tangent(tangent):
+    """At a step of 1e-4, which turns the fastest sinusoid of the time embedding by up to 0.1 radian, and so errs."""
+    networks = create_networks(configure(digits_dmd2))
+    params = randomised(networks.teacher.abstract_params())
+    state = create_state(params, jax.tree.map(lambda leaf: 0.9 * leaf, params), optax.identity(), None)
+    batch = {"latent": X, "text": CAPTION}
+    draws = {"noise": normal(2, *X.shape), "t": jnp.array([0.4, 1.2])}
+
+    def gradient(tangent):
+        recipe = Recipe(tangent=tangent, tangent_step=1e-4)
+
+        def loss(student):
+            ratio, negative = jnp.float32(1.0), jnp.zeros(TEXT)
+            at = Setting(student, state, batch, draws, ratio, frozenset(), networks.applies, recipe, negative)
+            return scm(at)["scm"].sum()
+
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(fast_jit(jax.grad(loss))(params))])
+
+    exact, found = gradient("exact"), gradient(tangent)
+    assert np.linalg.norm(found - exact) < 0.1 * np.linalg.norm(exact)
 
 
 def test_the_discriminator_reads_the_middle_of_the_pass_that_gives_the_velocity():
@@ -112,7 +153,7 @@ def test_a_lora_adds_its_product_to_every_matrix_of_the_blocks():
 def test_a_lora_run_holds_and_exports_what_it_learns(tmp_path):
     """The whole weights are the teacher's plus the LoRA file, as launch.convert merges it."""
     config = configure(digits_lora)
-    networks, optimizers, mesh = create_networks(config), create_optimizers(config), sharding.make_mesh()
+    networks, optimizers, mesh = create_networks(config), create_optimizers(config), MESH
     state = abstract_state(config, networks, optimizers, mesh)
     learned = [state.student, state.ema, state.fake, state.student_opt, state.fake_opt]
     names = {path[-1].key for path, leaf in jax.tree.leaves_with_path(learned) if leaf.ndim}
@@ -139,7 +180,7 @@ def test_dmd2_with_lora_updates_adapters_and_the_head_alone():
     teacher = randomised(networks.teacher.abstract_params())
     own = [first_params(network, jax.random.key(1), teacher, 4) for network in (networks.student, networks.fake)]
     assert {path[0].key for path, _ in jax.tree.leaves_with_path(own[1])} == {"blocks", "discriminator"}
-    state = abstract_state(config, networks, optimizers, sharding.make_mesh())
+    state = abstract_state(config, networks, optimizers, MESH)
     state = state.replace(
         **{name: jnp.int32(0) for name in ("iteration", "student_updates", "critic_updates", "skipped")},
         bad_data={name: jnp.int32(0) for name in state.bad_data},
