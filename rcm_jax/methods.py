@@ -1,7 +1,7 @@
 """Each method of distillation or training: where a loss meets the networks, times and noises of a run.
 
-`METHODS` names what a stage of a recipe may train. A method is a function of a `Setting` that returns its losses, (B,)
-each, by name. The formulas are in losses.py and mean_flow.py.
+A method is a function of a `Setting` that returns its losses, (B,) each, by name; steps.METHODS lists them. The
+formulas are in losses.py and mean_flow.py.
 """
 
 import dataclasses
@@ -196,26 +196,6 @@ def dmd(at: Setting) -> Losses:
         fake, gan = lambda x, t_B: fake_F, {"gan": losses.gan_generator(logit_B)}
     loss, _ = losses.dmd(generated, fake, trig_velocity(at.teacher_net), noise, t)
     return {"dmd": loss} | gan
-
-
-# By the name of the loss in a recipe's stages; "gan" is a part of dmd.
-METHODS: dict[str, Callable[[Setting], Losses]] = {
-    "flow_matching": flow_matching,
-    "scm": scm,
-    "sct": sct,
-    "dcm": dcm,
-    "mean_flow": mean_flow,
-    "mean_flow_scratch": mean_flow_scratch,
-    "dmd": dmd,
-}
-
-
-def student_losses(at: Setting) -> Losses:
-    """The losses of all methods that this update has."""
-    parts = {}
-    for name, method in METHODS.items():
-        parts |= method(at) if name in at.loss_names else {}
-    return parts
 
 
 def critic_losses(

@@ -1,8 +1,8 @@
 """The training steps: gradients, optimiser, EMA, counters and metrics of one update, as pure functions.
 
-`student_step` serves every loss of the student (methods.METHODS and their sums), `critic_step` trains the fake score.
-All randomness of an update is drawn for the whole batch before it is cut into micro-batches, so that gradient
-accumulation, like sharding, does not change what is computed.
+`student_step` serves every loss of the student (METHODS and their sums), `critic_step` trains the fake score. All
+randomness of an update is drawn for the whole batch before it is cut into micro-batches, so that gradient accumulation,
+like sharding, does not change what is computed.
 """
 
 from collections.abc import Callable
@@ -13,20 +13,22 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from rcm_jax.methods import (
-    Applies,
-    Batch,
-    Losses,
-    Recipe,
-    Setting,
-    critic_losses,
-    draw_generated,
-    draw_student,
-    student_losses,
-)
+from rcm_jax import methods
+from rcm_jax.methods import Applies, Batch, Losses, Recipe, Setting, critic_losses, draw_generated, draw_student
 from rcm_jax.state import FAULTS, Params, TrainState
 
 Metrics = dict[str, jax.Array]
+
+# By the name of the loss in a recipe's stages; "gan" is a part of dmd.
+METHODS: dict[str, Callable[[Setting], Losses]] = {
+    "flow_matching": methods.flow_matching,
+    "scm": methods.scm,
+    "sct": methods.sct,
+    "dcm": methods.dcm,
+    "mean_flow": methods.mean_flow,
+    "mean_flow_scratch": methods.mean_flow_scratch,
+    "dmd": methods.dmd,
+}
 
 
 def student_step(
@@ -48,7 +50,9 @@ def student_step(
 
     def loss(params: Params, batch: Batch, draws: Batch) -> tuple[jax.Array, Metrics]:
         at = Setting(params, state, batch, draws, tangent_ratio, loss_names, apply, recipe, negative_text)
-        parts = _means(student_losses(at), batch)
+        parts = {}
+        for name, method in METHODS.items():  # in this order, whatever the set's: sums are the same in every process
+            parts |= _means(method(at), batch) if name in loss_names else {}
         total = jnp.sum(jnp.stack([weights.get(name, recipe.scm_weight) * value for name, value in parts.items()]))
         return total, {"loss": total} | {f"loss_{name}": value for name, value in parts.items()}
 
