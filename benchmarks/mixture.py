@@ -54,7 +54,7 @@ class Mixture:
         mean_KD = jnp.asarray(self.mean_KD)
         variance_B1 = ((1 - s_B1) * STD) ** 2 + s_B1**2
         offset_BKD = x_BD[:, None] - (1 - s_B1)[..., None] * mean_KD[None]
-        log_BK = jnp.log(jnp.asarray(self.weight_K) * allowed_BK) - (offset_BKD**2).sum(-1) / (2 * variance_B1)
+        log_BK = jnp.log(jnp.asarray(self.weight_K)[None] * allowed_BK) - (offset_BKD**2).sum(-1) / (2 * variance_B1)
         share_BK = jax.nn.softmax(log_BK)
         rate_B1 = (s_B1 - (1 - s_B1) * STD**2) / variance_B1
         v_BD = rate_B1 * jnp.einsum("bk,bkd->bd", share_BK, offset_BKD) - share_BK @ mean_KD
