@@ -35,7 +35,7 @@ from launch import keep_compilations
 from rcm_jax import sampling
 from rcm_jax.config import Stage, parse_stages
 from rcm_jax.media import json_text, write_file
-from rcm_jax.methods import Applies, Recipe
+from rcm_jax.methods import Applies, Recipe, mean_velocity
 from rcm_jax.schedule import Phase, phase_at
 from rcm_jax.state import Params, TrainState, create_optimizer, create_state, ema_exponent
 from rcm_jax.steps import critic_step, student_step
@@ -211,11 +211,9 @@ def compile_arm(arm: Arm, start: Params, student_updates: int) -> tuple[TrainSta
 def measure_cost(arm: Arm, start: Params, updates: int = 100) -> dict[str, float]:
     """CPU seconds of one update of each kind that the arm has."""
     state, take_step = compile_arm(arm, start, updates)
-    phases = [
-        phase_at([Stage(arm.stage.losses, 2)], index, tangent_warmup=0, student_update_freq=2) for index in (0, 1)
-    ]
-    seconds = {}
-    for phase in {phase.update: phase for phase in phases}.values():
+    seconds, stages = {}, [Stage(arm.stage.losses, 2)]
+    for index in range(2 if "dmd" in arm.stage.losses else 1):
+        phase = phase_at(stages, index, tangent_warmup=0, student_update_freq=2)
         state = jax.block_until_ready(take_step(state, jax.random.key(0), phase))
         begin = time.process_time()
         for _ in range(updates):
@@ -248,11 +246,8 @@ def sample_student(arm: Arm, params: Params, text_NSD: jax.Array, steps: int) ->
     times = sampling.few_step_times(steps, sigma_max=80.0, mid_times=MID_TIMES).tolist()
     shape, seeds = (1, 1, 1, arm.mixture.dim), jnp.arange(len(text_NSD)) + len(text_NSD)
 
-    def net(x: jax.Array, s_B: jax.Array, span_B: jax.Array) -> jax.Array:
-        return apply_mlp(params, x, NET_TIME_SCALE * s_B, text_NSD, span_B=NET_TIME_SCALE * span_B)
-
     if "mean_flow" in arm.stage.losses:
-        x = jax.jit(lambda: sampling.mean_flow(net, seeds, shape, times))()
+        x = jax.jit(lambda: sampling.mean_flow(mean_velocity(apply_mlp, params, text_NSD), seeds, shape, times))()
     else:
         velocity = rf_velocity(functools.partial(apply_mlp, params, text_BSD=text_NSD))
         x = jax.jit(lambda: sampling.few_step(velocity, seeds, shape, times))()
@@ -284,8 +279,9 @@ def create_setting(dim: int, guidance: float) -> Setting:
 
 def run_arm(arm: Arm, setting: Setting, start: Params, costs: dict[str, Any], seed: int) -> dict[str, Any]:
     """Trains and scores one arm; adds to `costs` what an update of it costs, unless it is there."""
-    cost = costs.setdefault(arm.method.losses, None) or measure_cost(arm, start)
-    costs[arm.method.losses] = cost
+    if arm.method.losses not in costs:
+        costs[arm.method.losses] = measure_cost(arm, start)
+    cost = costs[arm.method.losses]
     begin = time.process_time()
     params = train_arm(arm, start, cost, seed)
     seconds = time.process_time() - begin

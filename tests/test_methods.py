@@ -1,6 +1,9 @@
 """What methods add to a network: MeanFlow's second time, the GAN's head, LoRA, and the range of times of an expert."""
 
 import functools
+import re
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ from rcm_jax.checkpoint import export_safetensors, load_safetensors
 from rcm_jax.convert import merging
 from rcm_jax.convert.sources import open_source
 from rcm_jax.convert.wan import wan_tensors
-from rcm_jax.methods import Recipe, Setting, draw_student, mean_velocity, scm, simulate_student
+from rcm_jax.methods import Applies, Recipe, Setting, draw_student, mean_velocity, scm, simulate_student
 from rcm_jax.models.wan import PRESETS, WanConfig
 from rcm_jax.state import create_state, overlay
 from rcm_jax.steps import critic_step, student_step
@@ -204,6 +207,28 @@ def test_dmd2_with_lora_updates_adapters_and_the_head_alone():
         moved = jax.tree.map(lambda a, b: bool((a != b).any()), ours, before)
         assert all(jax.tree.leaves(moved))
     jax.tree.map(np.testing.assert_array_equal, later.teacher, teacher)
+
+
+def test_the_method_that_the_documentation_adds_is_zero_for_a_consistent_student_alone():
+    """v = x / s takes every x for noise around 0; v = 0 does not."""
+    code = re.findall(
+        r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "methods.md").read_text(), re.DOTALL
+    )[0]
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    state = create_state({}, None, optax.identity(), None)
+    draws = {"noise": normal(2, *X.shape), "u": jnp.array([0.2, 0.7])}
+
+    def loss(apply):
+        applies, ratio = Applies(apply, apply, apply), jnp.float32(1.0)
+        at = Setting(
+            {}, state, {"latent": X, "text": CAPTION}, draws, ratio, frozenset(), applies, Recipe(), CAPTION[0]
+        )
+        return scope["ict"](at)["ict"]
+
+    consistent = loss(lambda params, x, time_B, text, mode: x / (time_B / 1000).reshape(-1, 1, 1, 1, 1))
+    np.testing.assert_allclose(consistent, 0, atol=1e-6)
+    assert (loss(lambda params, x, time_B, text, mode: 0 * x) > 1e-3).all()
 
 
 @pytest.mark.parametrize("rf_range", [(0.875, 1.0), (0.0, 0.875)])
