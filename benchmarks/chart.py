@@ -22,7 +22,7 @@ def draw_lines(panels: Mapping[str, Mapping[str, Points]], *, x_label: str, y_la
         draw.rectangle((left, top, left + SIZE, top + SIZE), outline="#999999")
         draw.text((left, top - 20), title, "black", font)
         draw.text((left + SIZE / 2 - 20, top + SIZE + 22), x_label, "black", font)
-        draw.text((left - 46, top - 20), y_label[:9], "black", font)
+        draw.text((left + 6, top + 4), y_label, "black", font)
         for tick in range(0, 11, 2):
             at = SIZE * tick / 10
             draw.text((left + at - 8, top + SIZE + 5), f"{tick / 10:.1f}", "black", font)
