@@ -2,13 +2,13 @@
 
     nice -n 10 python -m benchmarks.arena --out=benchmarks/results/arena.json --figure=docs/arena.png
 
-A seed of the eight methods takes about three minutes of CPU time, the search about ten; what is done already is not
-done again. Student and fake score are MLPs that start from one regression on the exact velocity. An arm trains for
-SECONDS of CPU time (of the process, all threads), counted as updates times the cost of an update, which is measured
-once; `sCM, longer` for three times as long. Each method has the same search: six trials, of two learning rates and three
-values of the knob that it is known to be most sensitive to, in the first of SETTINGS and on a seed of its own; the trial
-with the least sliced Wasserstein distance, averaged over 1, 2 and 4 steps, wins. Prints a Markdown table of means over
-seeds, and behind each, half the range.
+A seed of the eight methods takes about two minutes of CPU time, the search ten; what is done already is not done again.
+Student and fake score are MLPs that start from one regression on the exact velocity. An arm trains for SECONDS of CPU
+time (of the process, all threads), counted as updates times the cost of an update, which is measured once; `sCM,
+longer` for three times as long. Each method has the same search: six trials, of two learning rates and three values of
+the knob that it is known to be most sensitive to, in the first of SETTINGS and on a seed of its own; the trial with the
+least sliced Wasserstein distance, averaged over 1, 2 and 4 steps, wins. Prints a Markdown table of means over seeds,
+and behind each, half the range.
 """
 
 import argparse
