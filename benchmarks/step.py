@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from benchmarks import kernels, processes
 from rcm_jax import media, sharding, train
 from rcm_jax.config import load
+from rcm_jax.methods import guided
 from rcm_jax.models.wan import PRESETS, WanConfig
 from rcm_jax.schedule import Phase
-from rcm_jax.steps import guided
 
 LATENT = (21, 60, 104)
 CONFIG = Path(__file__).parent.parent / "configs" / "wan2_1_t2v_1_3b.py"
@@ -80,7 +80,8 @@ def measure_official(arguments: argparse.Namespace) -> dict[str, Any]:
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yields a row for each part that was asked for: forward passes, then whole steps."""
     config = load(CONFIG, ["data.batch_size=1", *arguments.override])
-    network, optimizers = train.create_network(config), train.create_optimizers(config)
+    networks, optimizers = train.create_networks(config), train.create_optimizers(config)
+    network = networks.student
     mesh, preset = sharding.make_mesh(), PRESETS[config.model.preset]
     latent = (*arguments.latent, preset.in_channels)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -96,11 +97,11 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             run = run.lower(*operands).compile()
             yield time_part(part, run, functools.partial(run, *operands), arguments.repeat, counts)
 
-    state = train.create_initial_state(config, network, optimizers, teacher)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, train.abstract_state(config, network, optimizers, mesh))
+    state = train.create_initial_state(config, networks, optimizers, teacher)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, train.abstract_state(config, networks, optimizers, mesh))
     state = jax.device_put(state, shardings)
     del teacher
-    take_step = train.compile_steps(config, network, optimizers, latent, negative, shardings)
+    take_step = train.compile_steps(config, networks, optimizers, latent, negative, shardings)
     batch = jax.device_put({"latent": x, "text": text[None]}, sharding.batch_sharding(mesh))
     # The profiler sees what XLA has recorded into a command buffer as one kernel.
     unrecorded = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else None

@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
             "seed": 0,
             # On GPUs: the same bits in every run, by slower kernels. A CPU or TPU gives them anyway.
             "deterministic": False,
-            # Comma-separated LOSSES:ITERATIONS; losses are scm, dcm, dmd, flow_matching, and rcm = scm+dmd.
+            # Comma-separated LOSSES:ITERATIONS; losses are scm, dcm, dmd, gan, mean_flow, those that need no teacher,
+            # flow_matching, sct and mean_flow_scratch, and the sums rcm = scm+dmd and dmd2 = dmd+gan.
             "stages": "rcm:620",
             "model": {
                 "preset": "digits",
@@ -26,6 +27,9 @@ def get_config() -> ConfigDict:
                 # How many of mesh.context's devices exchange heads for tokens; keys go round the others in a ring.
                 # 0: as many as the heads of a device divide into.
                 "ulysses": 0,
+                # Ranks of the LoRA that is then all that the student, or the fake score, learns; 0: all learns.
+                "lora_rank": 0,
+                "critic_lora_rank": 0,
             },
             "teacher": {
                 "path": "rcm_jax/assets/digits_teacher.safetensors",
@@ -53,6 +57,14 @@ def get_config() -> ConfigDict:
                 # None: 100 * sqrt(elements of a latent / 2.1e6), the official balance, here 3.1.
                 "scm_weight": config_dict.placeholder(float),
                 "dmd_weight": 1.0,
+                # Of the GAN, in the student's sum and in the fake score's. The losses beside it are sums over 2,048
+                # elements: where those are means, as in DMD2's code, these two are 0.0025 and 0.005.
+                "gan_weight": 10.0,
+                "gan_critic_weight": 10.0,
+                # How sCM differentiates the student: exact, or by differences over `tangent_step`, semicontinuous (in
+                # time alone) or discrete (along the path: no derivative of the network at all).
+                "tangent": "exact",
+                "tangent_step": 1e-4,
                 "tangent_warmup": 60,
                 "student_update_freq": 2,
                 "simulation_steps": 4,
@@ -62,6 +74,11 @@ def get_config() -> ConfigDict:
                 "p_G_mean": 0.0,
                 "p_G_std": 1.6,
                 "p_D_shift": 3.0,
+                # RF times that the network is for: one expert of two trains below the boundary, the other above.
+                "rf_range": (0.0, 1.0),
+                # MeanFlow: the share of samples with an interval, and the power of the weight by the error.
+                "mean_flow_share": 0.25,
+                "mean_flow_power": 1.0,
                 "dcm_steps": 48,
                 "dcm_shift": 3.0,
             },

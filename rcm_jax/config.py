@@ -21,8 +21,11 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict, FieldReference
 
-LOSSES = ("flow_matching", "scm", "dcm", "dmd")
-
+LOSSES = ("flow_matching", "scm", "sct", "dcm", "mean_flow", "mean_flow_scratch", "dmd", "gan")
+SUMS = {"rcm": ("scm", "dmd"), "dmd2": ("dmd", "gan")}  # short names
+CONSISTENCY = frozenset({"scm", "sct", "dcm"})  # forms of one loss
+MEAN_FLOW = frozenset({"mean_flow", "mean_flow_scratch"})
+FROM_TEACHER = frozenset({"scm", "dcm", "mean_flow", "dmd"})
 
 LONGEST_MESSAGE = 4000  # characters; a value that is quoted may be longer than any screen
 
@@ -67,7 +70,7 @@ class Stage:
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
-    """Reads "dcm:200,scm:400,scm+dmd:1000" into stages, in order. "rcm" is short for "scm+dmd".
+    """Reads "dcm:200,scm:400,scm+dmd:1000" into stages, in order. "rcm" is short for "scm+dmd", "dmd2" for "dmd+gan".
 
     Raises:
         UserError: a stage is not LOSSES:ITERATIONS, a loss is unknown, repeated or cannot be joined with the others, or
@@ -79,17 +82,20 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
 def _parse_stage(text: str) -> Stage:
     where = f"stages: {text!r}"
     names, _, iterations = text.partition(":")
-    losses = [loss for name in names.split("+") for loss in (("scm", "dmd") if name == "rcm" else (name,))]
+    losses = [loss for name in names.split("+") for loss in SUMS.get(name, (name,))]
     for loss in losses:
         if loss not in LOSSES:
-            hint = _nearest(loss, (*LOSSES, "rcm"))
+            hint = _nearest(loss, (*LOSSES, *SUMS))
             raise UserError(f"{where} has no loss named {loss!r}: write LOSSES:ITERATIONS, as in scm+dmd:1000; {hint}")
     if len(set(losses)) < len(losses):
-        raise UserError(f"{where} must name a loss once: rcm already means scm+dmd")
-    if {"scm", "dcm"} <= set(losses):
-        raise UserError(f"{where} must not join scm and dcm: they are the continuous and the discrete form of one loss")
-    if "flow_matching" in losses and len(losses) > 1:
-        raise UserError(f"{where} must have flow_matching alone: it trains a teacher, the other losses distil one")
+        raise UserError(f"{where} must name a loss once: rcm already means scm+dmd, dmd2 dmd+gan")
+    if len(CONSISTENCY & set(losses)) > 1:
+        raise UserError(f"{where} must have one of {', '.join(sorted(CONSISTENCY))}: they are forms of one loss")
+    alone = sorted({"flow_matching", *MEAN_FLOW} & set(losses))
+    if alone and len(losses) > 1:
+        raise UserError(f"{where} must have {alone[0]} alone: its network predicts another thing than other losses'")
+    if "gan" in losses and "dmd" not in losses:
+        raise UserError(f"{where} has gan without dmd, whose fake score it reads: write dmd2:{iterations}")
     short = iterations.isascii() and iterations.isdecimal() and len(iterations) <= 10
     if not (short and 0 < int(iterations) < 2**31):
         raise UserError(f"{where} must end in a positive number of iterations below 2^31: write {names}:1000")
@@ -206,13 +212,30 @@ def validate(config: ConfigDict) -> None:
             raise UserError(
                 f"{key}={flat[key]!r} must be {rule}: change it in the config file or with --config.{key}=VALUE"
             )
-    parse_stages(flat["stages"])
+    _check_methods(flat, {loss for stage in parse_stages(flat["stages"]) for loss in stage.losses})
     batch_size, accumulate = flat["data.batch_size"], flat["data.accumulate"]
     if batch_size % accumulate:
         near = max(batch_size // accumulate, 1) * accumulate
         raise UserError(
             f"data.{batch_size=} must be a multiple of data.{accumulate=}: set --config.data.batch_size={near}"
         )
+
+
+def _check_methods(flat: dict[str, Any], losses: set[str]) -> None:
+    """What the losses of all stages ask of other values."""
+    if flat["model.lora_rank"] and not losses & FROM_TEACHER:
+        raise UserError("model.lora_rank adapts a teacher, and no stage has one: set it to 0")
+    if flat["model.critic_lora_rank"] and "dmd" not in losses:
+        raise UserError("model.critic_lora_rank adapts a fake score, and no stage has dmd: set it to 0")
+    lowest, highest = flat["loss.rf_range"]
+    if (lowest, highest) == (0, 1):
+        return
+    if "dcm" in losses:
+        raise UserError("loss.rf_range bounds drawn times, dcm has a grid of all: set it to 0.0,1.0 or use scm")
+    for t in flat["loss.simulation_times"]:
+        s = math.sin(t) / (math.sin(t) + math.cos(t))
+        if not lowest <= s <= highest:
+            raise UserError(f"loss.simulation_times has {t}, RF time {s:.3f}, outside loss.rf_range: leave it out")
 
 
 def _falling(times: Sequence[float]) -> bool:
@@ -241,6 +264,8 @@ _RULES: dict[str, Rule] = {
     "stages": (lambda value: isinstance(value, str), "stages such as 'scm:400,scm+dmd:1000'"),
     "deterministic": _SWITCH,
     "model.preset": _TEXT,
+    "model.lora_rank": _COUNT,
+    "model.critic_lora_rank": _COUNT,
     "model.dtype": (lambda value: value in ("float32", "bfloat16"), "float32 or bfloat16"),
     "model.ulysses": _COUNT,
     "teacher.path": _OPTIONAL_TEXT,
@@ -262,6 +287,13 @@ _RULES: dict[str, Rule] = {
     "optimizer.decay_to": _COUNT,
     "loss.scm_weight": (lambda value: value is None or 0 <= value < math.inf, "a number of at least 0, or none"),
     "loss.dmd_weight": _WEIGHT,
+    "loss.gan_weight": _WEIGHT,
+    "loss.gan_critic_weight": _WEIGHT,
+    "loss.tangent": (
+        lambda value: value in ("exact", "semicontinuous", "discrete"),
+        "exact, semicontinuous or discrete",
+    ),
+    "loss.tangent_step": (lambda value: 0 < value < 0.1, "a number above 0 and below 0.1"),
     "loss.tangent_warmup": _COUNT,
     "loss.student_update_freq": _POSITIVE_INTEGER,
     "loss.simulation_steps": _POSITIVE_INTEGER,
@@ -269,6 +301,12 @@ _RULES: dict[str, Rule] = {
     "loss.p_G_mean": _NUMBER,
     "loss.p_G_std": _POSITIVE,
     "loss.p_D_shift": _POSITIVE,
+    "loss.rf_range": (
+        lambda value: len(value) == 2 and 0 <= value[0] < value[1] <= 1,
+        "two RF times that rise, from 0 to 1, as in (0.0, 1.0)",
+    ),
+    "loss.mean_flow_share": (lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+    "loss.mean_flow_power": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
     "loss.dcm_steps": (lambda value: type(value) is int and value >= 2, "an integer of at least 2"),
     "loss.dcm_shift": _POSITIVE,
     "ema.sigma_rel": (lambda value: 0 < value < 12**-0.5, "a number above 0 and below 0.2886"),

@@ -11,8 +11,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from rcm_jax import sampling
+from rcm_jax.config import MEAN_FLOW, parse_stages
+from rcm_jax.methods import guided, mean_velocity
 from rcm_jax.models.functional import Network
-from rcm_jax.steps import guided
+from rcm_jax.schedule import needs
 from rcm_jax.trigflow import rf_velocity
 
 # (params, text_BSD, seeds_B) -> latents (B, T, H, W, C)
@@ -22,14 +24,21 @@ Sampler = Callable[[Any, jax.Array, jax.Array], jax.Array]
 def student_sampler(
     config: ConfigDict, network: Network, latent_shape: tuple[int, ...], *, steps: int, kind: sampling.Kind = "sde"
 ) -> Sampler:
-    """The distilled sampler at the config's times. Raises UserError for a number of steps they do not allow."""
+    """The distilled sampler at the config's times; MeanFlow has one of its own and takes no `kind`.
+
+    Raises UserError for a number of steps that the times do not allow.
+    """
     times = sampling.few_step_times(steps, sigma_max=config.sampling.sigma_max, mid_times=config.sampling.mid_times)
 
     def sample(params: Any, text_BSD: jax.Array, seeds_B: jax.Array) -> jax.Array:
         velocity = rf_velocity(lambda x, time: network.apply(params, x, time, text_BSD))
         return sampling.few_step(velocity, seeds_B, latent_shape, times.tolist(), kind=kind)
 
-    return jax.jit(sample)
+    def jump(params: Any, text_BSD: jax.Array, seeds_B: jax.Array) -> jax.Array:
+        velocity = mean_velocity(network.apply, params, text_BSD)
+        return sampling.mean_flow(velocity, seeds_B, latent_shape, times.tolist())
+
+    return jax.jit(jump if needs(parse_stages(config.stages), *MEAN_FLOW) else sample)
 
 
 def teacher_sampler(

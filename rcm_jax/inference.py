@@ -21,6 +21,7 @@ from rcm_jax.checkpoint import load_safetensors
 from rcm_jax.config import UserError
 from rcm_jax.convert.loading import Autoencoder, Loadable, Params, Transformer
 from rcm_jax.data.tokenizer import Tokens
+from rcm_jax.methods import guided
 from rcm_jax.models import clip
 from rcm_jax.models.functional import Network
 from rcm_jax.models.presets import Config
@@ -28,7 +29,6 @@ from rcm_jax.models.vae import Tiling
 from rcm_jax.models.wan import WanConfig
 from rcm_jax.published import SamplerName
 from rcm_jax.sharding import place_params
-from rcm_jax.steps import guided
 from rcm_jax.trigflow import NET_TIME_SCALE, Velocity, rf_velocity
 
 COSMOS_GIVEN_TIME = 1e-4  # RF time that Cosmos-Predict2 is told for the frames it is given

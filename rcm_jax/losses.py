@@ -5,6 +5,8 @@ returned per sample, shape (B,): the step averages over the batch. Losses are *s
 as in the official code; a mean would change the balance between them.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,6 +18,9 @@ from rcm_jax.trigflow import Velocity, cos_sin, denoise, mix, shift_rf, trig_fro
 
 TANGENT_NORM_OFFSET = 0.1  # c in g / (||g|| + c), sCM section 4.1
 MIN_DMD_WEIGHT = 1e-5
+
+# (student, x_t, t_B, teacher_F) -> the student's F and its tangent cos t sin t dF/dt along the teacher's flow.
+Differentiate = Callable[[Velocity, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class SCMTerms(NamedTuple):
@@ -34,6 +39,62 @@ def _is_finite(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)), keepdims=True)
 
 
+def exact_tangent(
+    student: Velocity, x_t: Float[Array, "b t h w c"], t_B: Float[Array, "b"], teacher_F: Float[Array, "b t h w c"]
+) -> tuple[Float[Array, "b t h w c"], Float[Array, "b t h w c"]]:
+    """F and cos t sin t dF/dt by one `jax.jvp`; scaled before it, so that nothing blows up at t = pi/2 (sCM 5.1)."""
+    cos, sin = cos_sin(t_B, x_t)
+    return jax.jvp(student, (x_t, t_B), (cos * sin * teacher_F, jnp.cos(t_B) * jnp.sin(t_B)))
+
+
+def semicontinuous_tangent(
+    student: Velocity,
+    x_t: Float[Array, "b t h w c"],
+    t_B: Float[Array, "b"],
+    teacher_F: Float[Array, "b t h w c"],
+    *,
+    frozen_student: Velocity,
+    step: float,
+) -> tuple[Float[Array, "b t h w c"], Float[Array, "b t h w c"]]:
+    """As `exact_tangent`, but the part along t is a backward difference over `step`; the part along x stays a jvp.
+
+    `frozen_student` is the same network without gradient, as in `dcm`.
+    """
+    cos, sin = cos_sin(t_B, x_t)
+    student_F, along_x = jax.jvp(lambda x: student(x, t_B), (x_t,), (cos * sin * teacher_F,))
+    return student_F, along_x + cos * sin * _difference(student_F, frozen_student(x_t, t_B - step), step)
+
+
+def discrete_tangent(
+    student: Velocity,
+    x_t: Float[Array, "b t h w c"],
+    t_B: Float[Array, "b"],
+    teacher_F: Float[Array, "b t h w c"],
+    *,
+    frozen_student: Velocity,
+    step: float,
+) -> tuple[Float[Array, "b t h w c"], Float[Array, "b t h w c"]]:
+    """As `exact_tangent`, by a backward difference over `step` along the teacher's flow: two values and no jvp."""
+    cos, sin = cos_sin(t_B, x_t)
+    student_F, x_before = student(x_t, t_B), jnp.cos(step) * x_t - jnp.sin(step) * teacher_F
+    return student_F, cos * sin * _difference(student_F, frozen_student(x_before, t_B - step), step)
+
+
+def _difference(now: jax.Array, before: jax.Array, step: float) -> jax.Array:
+    """The derivative from two values, in the official code's trigonometric form."""
+    return (jnp.cos(step) * now - before) / jnp.sin(step)
+
+
+def conditional_velocity(x0: Float[Array, "b t h w c"], noise: Float[Array, "b t h w c"]) -> Velocity:
+    """cos t noise - sin t x0, whose mean given x_t is the true F: with it for a teacher, sCM is sCT (sCM section 2)."""
+
+    def velocity(x_t: jax.Array, t_B: jax.Array) -> jax.Array:
+        cos, sin = cos_sin(t_B, x_t)
+        return cos * noise - sin * x0
+
+    return velocity
+
+
 def scm(
     student: Velocity,
     teacher: Velocity,
@@ -41,19 +102,18 @@ def scm(
     noise: Float[Array, "b t h w c"],
     t_B: Float[Array, "b"],
     tangent_ratio: Float[Array, ""] | float,
+    differentiate: Differentiate = exact_tangent,
 ) -> tuple[Float[Array, "b"], SCMTerms]:
     """Continuous-time consistency loss: the forward-divergence half of rCM (rCM eq. 5, sCM eq. 8).
 
-    The student's value and its tangent along the teacher's flow come from one `jax.jvp`; the tangent is a constant.
-    Both tangents are scaled by cos t sin t so that none blows up at t = pi/2 (sCM section 5.1). `tangent_ratio` r is
-    the warm-up, min(1, iteration / tangent_warmup); it does not scale the network's own tangent. A sample whose
-    tangent or prediction is not finite has zero loss and sends no gradient.
+    The student's value and its tangent along the teacher's flow come from `differentiate`; the tangent is a constant.
+    `tangent_ratio` r is the warm-up, min(1, iteration / tangent_warmup); it does not scale the network's own tangent.
+    A sample whose tangent or prediction is not finite has zero loss and sends no gradient.
     """
     cos, sin = cos_sin(t_B, x0)
     x_t = mix(x0, noise, t_B)
     teacher_F = lax.stop_gradient(teacher(x_t, t_B))
-    tangents = (cos * sin * teacher_F, jnp.cos(t_B) * jnp.sin(t_B))
-    student_F, student_tF = jax.jvp(student, (x_t, t_B), tangents)
+    student_F, student_tF = differentiate(student, x_t, t_B, teacher_F)
     frozen_F, student_tF = lax.stop_gradient((student_F, student_tF))
 
     r = tangent_ratio
@@ -114,10 +174,10 @@ def simulate(
     return denoise(student, x, times_KB[steps - 1])
 
 
-def simulation_times(draws_KB: Float[Array, "k b"]) -> Float[Array, "k b"]:
-    """Times of a backward simulation: pi/2, then each no later than the one before it. draws_KB[0] is not used."""
-    start = jnp.full_like(draws_KB[:1], jnp.pi / 2)
-    return lax.cummin(jnp.concatenate([start, draws_KB[1:]]), axis=0)
+def simulation_times(draws_KB: Float[Array, "k b"], start: float = math.pi / 2) -> Float[Array, "k b"]:
+    """Times of a backward simulation: `start`, then each no later than the one before it. draws_KB[0] is not used."""
+    first = jnp.full_like(draws_KB[:1], start)
+    return lax.cummin(jnp.concatenate([first, draws_KB[1:]]), axis=0)
 
 
 def dmd(
@@ -157,6 +217,22 @@ def critic(
     cos, sin = cos_sin(t_B, generated)
     error = fake(mix(generated, noise, t_B), t_B) - (cos * noise - sin * generated)
     return _sum(jnp.where(_is_finite(error), error, 0.0) ** 2)
+
+
+def gan_generator(logit_B: Float[Array, "b"]) -> Float[Array, "b"]:
+    """The student's part of the GAN: -log sigmoid(logit), which does not saturate where the critic is sure (DMD2)."""
+    return _cross_entropy(logit_B, _is_finite(logit_B))
+
+
+def gan_critic(real_logit_B: Float[Array, "b"], generated_logit_B: Float[Array, "b"]) -> Float[Array, "b"]:
+    """The critic's part of the GAN: the cross-entropy of telling real data from generated data."""
+    sound = _is_finite(real_logit_B) & _is_finite(generated_logit_B)
+    return _cross_entropy(real_logit_B, sound) + _cross_entropy(-generated_logit_B, sound)
+
+
+def _cross_entropy(logit_B: jax.Array, sound_B: jax.Array) -> jax.Array:
+    """-log sigmoid(logit); 0, with no gradient, where not sound."""
+    return jax.nn.softplus(jnp.where(sound_B, -logit_B, -jnp.inf))
 
 
 def flow_matching(

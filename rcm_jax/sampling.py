@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from rcm_jax.config import UserError
+from rcm_jax.mean_flow import MeanVelocity
 from rcm_jax.trigflow import Velocity
 
 Kind = Literal["sde", "ode"]
@@ -89,6 +90,17 @@ def few_step(
             x = x - (s - s_next) * v
         else:
             x = (1 - s_next) * (x - s * v) + s_next * sample_noise(seeds_B, shape_THWC, step)
+    return x
+
+
+def mean_flow(
+    mean_velocity: MeanVelocity, seeds_B: Int[Array, "b"], shape_THWC: tuple[int, ...], times: Sequence[float]
+) -> Float[Array, "b t h w c"]:
+    """Samples of a MeanFlow student: one jump between any two of the RF `times` (few_step_times), its section 4.1."""
+    x = sample_noise(seeds_B, shape_THWC, 0) * times[0]
+    for s, s_next in itertools.pairwise(times):
+        s_B = jnp.full(len(seeds_B), s, x.dtype)
+        x = x - (s - s_next) * mean_velocity(x, s_B, jnp.full_like(s_B, s - s_next))
     return x
 
 

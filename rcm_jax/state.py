@@ -17,7 +17,8 @@ Counter = Any  # an int32 scalar; in a tree of shapes or shardings, that of one
 class TrainState(flax.struct.PyTreeNode):
     """Parameters of every network in float32 masters, their optimisers and the counters that schedules read.
 
-    `teacher` is None when a run trains by flow matching; `fake` and `fake_opt` are None without a DMD loss.
+    `teacher` is None when a run trains without one; `fake` and `fake_opt` are None without a DMD loss. Student, EMA and
+    fake score may hold a part of their parameters only, such as LoRA's: the rest is the teacher's (see `overlay`).
     `student_updates` and `critic_updates` count attempts, skipped ones included, so that every schedule of a run is a
     function of its iteration alone; `skipped` counts updates dropped because a gradient was not finite, `bad_data` the
     samples left out, by the name of their fault.
@@ -41,12 +42,14 @@ def create_state(
     teacher: Any,
     student_optimizer: optax.GradientTransformation,
     critic_optimizer: optax.GradientTransformation | None,
+    fake: Any = None,
 ) -> TrainState:
     """A state at iteration 0; student, EMA and fake score are copies, so that each can be donated.
 
-    Without a `critic_optimizer` there is no fake score. `teacher` may be None.
+    Without a `critic_optimizer` there is no fake score; it starts from `fake`, or else from the teacher. `teacher` may
+    be None.
     """
-    fake: Any = None if critic_optimizer is None else _copy(teacher)
+    fake = None if critic_optimizer is None else _copy(teacher if fake is None else fake)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         iteration=zero,
@@ -95,6 +98,16 @@ def create_optimizer(
 def ema_exponent(sigma_rel: float) -> float:
     """gamma of the power EMA of relative width `sigma_rel` (EDM2, arXiv 2312.02696, eq. 123)."""
     return float(np.roots([1.0, 7.0, 16.0 - sigma_rel**-2, 12.0 - sigma_rel**-2]).real.max())
+
+
+def overlay(base: Any, own: Any) -> Any:
+    """The nested dict `own` with what it lacks taken from `base`: a network that learns a part of its parameters only.
+
+    Without a `base`, `own` is whole.
+    """
+    if not isinstance(own, dict) or base is None:
+        return own
+    return base | {name: overlay(base.get(name), value) for name, value in own.items()}
 
 
 def _copy(params: Any) -> Any:

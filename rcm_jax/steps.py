@@ -1,11 +1,10 @@
 """The training steps: gradients, optimiser, EMA, counters and metrics of one update, as pure functions.
 
-`student_step` serves every loss of the student (flow matching, sCM, dCM, DMD and their sums), `critic_step` trains the
-fake score. All randomness of an update is drawn for the whole batch before it is cut into micro-batches, so that
-gradient accumulation, like sharding, does not change what is computed.
+`student_step` serves every loss of the student (METHODS and their sums), `critic_step` trains the fake score. All
+randomness of an update is drawn for the whole batch before it is cut into micro-batches, so that gradient accumulation,
+like sharding, does not change what is computed.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,36 +13,22 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from rcm_jax import losses
+from rcm_jax import methods
+from rcm_jax.methods import Applies, Batch, Losses, Recipe, Setting, critic_losses, draw_generated, draw_student
 from rcm_jax.state import FAULTS, Params, TrainState
-from rcm_jax.trigflow import Velocity, draw_lognormal, draw_shifted_uniform, trig_velocity
 
-Batch = dict[str, jax.Array]  # latent (B, T, H, W, C), text (B, S, D), perhaps fault (B,) int32, see state.FAULTS
 Metrics = dict[str, jax.Array]
-Apply = Callable[..., jax.Array]
 
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """The numbers of a distillation step; the names are those of the rCM paper, section 4.
-
-    `simulation_times` fixes the TrigFlow times of the backward simulation (DMD2 style) when not empty.
-    `caption_dropout` is the share of captions that flow matching replaces by the negative one, for guidance.
-    """
-
-    guidance: float = 5.0
-    scm_weight: float = 100.0
-    dmd_weight: float = 1.0
-    simulation_steps: int = 4
-    simulation_times: tuple[float, ...] = ()
-    p_G_mean: float = 0.7
-    p_G_std: float = 1.6
-    p_D_shift: float = 5.0
-    dcm_steps: int = 48
-    dcm_shift: float = 5.0
-    caption_dropout: float = 0.1
-    ema_gamma: float = 6.94
-    accumulate: int = 1
+# By the name of the loss in a recipe's stages; "gan" is a part of dmd.
+METHODS: dict[str, Callable[[Setting], Losses]] = {
+    "flow_matching": methods.flow_matching,
+    "scm": methods.scm,
+    "sct": methods.sct,
+    "dcm": methods.dcm,
+    "mean_flow": methods.mean_flow,
+    "mean_flow_scratch": methods.mean_flow_scratch,
+    "dmd": methods.dmd,
+}
 
 
 def student_step(
@@ -53,44 +38,22 @@ def student_step(
     tangent_ratio: jax.Array,
     *,
     loss_names: frozenset[str],
-    apply: Apply,
+    apply: Applies,
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
     negative_text: jax.Array,
 ) -> tuple[TrainState, Metrics]:
     """One update of the student and its EMA. `negative_text` (S, D) embeds the unconditional caption."""
     batch, bad_data = _contain(batch, state.bad_data)
-    draws = _draw_student(key, batch["latent"], loss_names, recipe)
-    simulation_steps = state.student_updates % recipe.simulation_steps + 1
+    draws = draw_student(key, batch["latent"], loss_names, recipe)
+    weights = {"flow_matching": 1.0, "dmd": recipe.dmd_weight, "gan": recipe.gan_weight}
 
     def loss(params: Params, batch: Batch, draws: Batch) -> tuple[jax.Array, Metrics]:
-        text = batch["text"]
-        student = conditioned(apply, params, text)
-        frozen = conditioned(apply, lax.stop_gradient(params), text)
-
-        def teacher(x: jax.Array, t_B: jax.Array) -> jax.Array:
-            return trig_velocity(guided(apply, state.teacher, text, negative_text, recipe.guidance))(x, t_B)
-
+        at = Setting(params, state, batch, draws, tangent_ratio, loss_names, apply, recipe, negative_text)
         parts = {}
-        if "flow_matching" in loss_names:
-            dropped = jnp.where((draws["u"] < recipe.caption_dropout)[:, None, None], negative_text[None], text)
-            net = conditioned(apply, params, dropped)
-            parts["flow_matching"] = losses.flow_matching(net, batch["latent"], draws["noise"], draws["t"])
-        if "scm" in loss_names:
-            student_jvp = conditioned(apply, params, text, mode="forward")
-            parts["scm"], _ = losses.scm(
-                student_jvp, teacher, batch["latent"], draws["noise"], draws["t"], tangent_ratio
-            )
-        if "dcm" in loss_names:
-            times = losses.dcm_times(draws["u"], recipe.dcm_steps, recipe.dcm_shift)
-            parts["dcm"] = losses.dcm(student, frozen, teacher, batch["latent"], draws["noise"], *times)
-        if "dmd" in loss_names:
-            generated = _generate(student, frozen, draws, simulation_steps)
-            fake = conditioned(apply, state.fake, text)
-            parts["dmd"], _ = losses.dmd(generated, fake, teacher, draws["dmd_noise"], draws["dmd_t"])
-        parts = {name: jnp.where(batch["sound"], value, 0.0).mean() for name, value in parts.items()}
-        weights = {"flow_matching": 1.0, "scm": recipe.scm_weight, "dcm": recipe.scm_weight, "dmd": recipe.dmd_weight}
-        total = jnp.sum(jnp.stack([weights[name] * value for name, value in parts.items()]))
+        for name, method in METHODS.items():  # in this order, whatever the set's: sums are the same in every process
+            parts |= _means(method(at), batch) if name in loss_names else {}
+        total = jnp.sum(jnp.stack([weights.get(name, recipe.scm_weight) * value for name, value in parts.items()]))
         return total, {"loss": total} | {f"loss_{name}": value for name, value in parts.items()}
 
     grads, metrics = _mean_gradient(loss, state.student, batch, draws, recipe.accumulate)
@@ -114,22 +77,19 @@ def critic_step(
     batch: Batch,
     key: jax.Array,
     *,
-    apply: Apply,
+    apply: Applies,
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
+    loss_names: frozenset[str] = frozenset(),
 ) -> tuple[TrainState, Metrics]:
-    """One update of the fake score on data the student generates."""
+    """One update of the fake score on data the student generates; `loss_names` may hold "gan"."""
     batch, bad_data = _contain(batch, state.bad_data)
-    draws = _draw_generated(key, batch["latent"], recipe)
-    simulation_steps = state.critic_updates % recipe.simulation_steps + 1
+    draws = draw_generated(key, batch["latent"], recipe)
 
     def loss(params: Params, batch: Batch, draws: Batch) -> tuple[jax.Array, Metrics]:
-        student = conditioned(apply, state.student, batch["text"])
-        generated = lax.stop_gradient(_generate(student, student, draws, simulation_steps))
-        fake = conditioned(apply, params, batch["text"])
-        value = losses.critic(fake, generated, draws["dmd_noise"], draws["dmd_t"])
-        value = jnp.where(batch["sound"], value, 0.0).mean()
-        return value, {"loss_critic": value}
+        parts = _means(critic_losses(params, state, batch, draws, loss_names, apply, recipe), batch)
+        total = parts["critic"] + recipe.gan_critic_weight * parts.get("gan_critic", 0.0)
+        return total, {f"loss_{name}": value for name, value in parts.items()}
 
     grads, metrics = _mean_gradient(loss, state.fake, batch, draws, recipe.accumulate)
     fake, fake_opt, skipped, norm = _update(optimizer, grads, state.fake, state.fake_opt)
@@ -142,30 +102,6 @@ def critic_step(
         fake_opt=fake_opt,
     )
     return state, metrics | {"grad_norm_critic": norm} | _counts(state)
-
-
-def conditioned(apply: Apply, params: Params, text_BSD: jax.Array, *, mode: str = "reverse") -> Velocity:
-    """The TrigFlow velocity of a network with parameters and caption closed over."""
-    return trig_velocity(lambda x, time: apply(params, x, time, text_BSD, mode=mode))
-
-
-def guided(apply: Apply, params: Params, text_BSD: jax.Array, negative: jax.Array, guidance: float) -> Velocity:
-    """A network's velocity under classifier-free guidance, v_uncond + w (v_cond - v_uncond), on network times.
-
-    `negative` is the embedding of the negative prompt, one (S, D) for all samples or (B, S, D). Both halves run in one
-    batch of twice the size, where a sample and its twin are neighbours: a sharded batch needs no communication.
-    """
-    if guidance == 1.0:
-        return lambda x, time_B: apply(params, x, time_B, text_BSD)
-    pairs = jnp.stack([text_BSD, jnp.broadcast_to(negative, text_BSD.shape)], axis=1)
-    pairs = pairs.reshape(-1, *text_BSD.shape[1:])
-
-    def velocity(x: jax.Array, time_B: jax.Array) -> jax.Array:
-        both = apply(params, jnp.repeat(x, 2, axis=0), jnp.repeat(time_B, 2), pairs)
-        both = both.reshape(len(x), 2, *both.shape[1:])
-        return both[:, 1] + guidance * (both[:, 0] - both[:, 1])
-
-    return velocity
 
 
 def ema_decay(updates: jax.Array, gamma: float) -> jax.Array:
@@ -192,37 +128,9 @@ def _counts(state: TrainState) -> Metrics:
     return {"skipped": state.skipped} | {f"bad_data/{name}": count for name, count in state.bad_data.items()}
 
 
-def _draw_student(key: jax.Array, latent: jax.Array, loss_names: frozenset[str], recipe: Recipe) -> Batch:
-    noise, t, u, generated = jax.random.split(key, 4)
-    batch = latent.shape[0]
-    draws = {
-        "noise": jax.random.normal(noise, latent.shape),
-        "t": draw_lognormal(t, (batch,), recipe.p_G_mean, recipe.p_G_std),
-        "u": jax.random.uniform(u, (batch,)),
-    }
-    return draws | (_draw_generated(generated, latent, recipe) if "dmd" in loss_names else {})
-
-
-def _draw_generated(key: jax.Array, latent: jax.Array, recipe: Recipe) -> Batch:
-    """Noises and times of a backward simulation and of the noising of its result; the batch axis leads."""
-    times, noises, t, noise = jax.random.split(key, 4)
-    batch, steps = latent.shape[0], recipe.simulation_steps
-    if recipe.simulation_times:
-        draws = jnp.array([jnp.pi / 2, *recipe.simulation_times])[:steps]
-        draws = jnp.broadcast_to(draws[None], (batch, steps))
-    else:
-        draws = draw_shifted_uniform(times, (batch, steps), recipe.p_D_shift)
-    return {
-        "simulation_times": draws,
-        "simulation_noises": jax.random.normal(noises, (batch, steps, *latent.shape[1:])),
-        "dmd_t": draw_shifted_uniform(t, (batch,), recipe.p_D_shift),
-        "dmd_noise": jax.random.normal(noise, latent.shape),
-    }
-
-
-def _generate(student: Velocity, frozen: Velocity, draws: Batch, steps: jax.Array) -> jax.Array:
-    times = losses.simulation_times(draws["simulation_times"].T)
-    return losses.simulate(student, frozen, times, jnp.moveaxis(draws["simulation_noises"], 1, 0), steps)
+def _means(parts: Losses, batch: Batch) -> Metrics:
+    """The mean of each loss over the batch, to which a sample that is not sound adds nothing."""
+    return {name: jnp.where(batch["sound"], value, 0.0).mean() for name, value in parts.items()}
 
 
 def _mean_gradient(

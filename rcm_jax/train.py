@@ -1,5 +1,6 @@
 """The story of a run, from its config to its last checkpoint."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,23 +13,24 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rcm_jax import sampling, sharding
+from rcm_jax import adapters, sampling, sharding
 from rcm_jax.checkpoint import Checkpoints, export_safetensors, load_safetensors, on_host
-from rcm_jax.config import Halted, Preempted, UserError, parse_stages
+from rcm_jax.config import FROM_TEACHER, MEAN_FLOW, Halted, Preempted, UserError, parse_stages
 from rcm_jax.convert import families
 from rcm_jax.convert.sources import open_source
-from rcm_jax.convert.wan import params_from_wan, wan_tensors
+from rcm_jax.convert.wan import WAN, params_from_wan, wan_tensors
 from rcm_jax.data import digits, pipeline, text
 from rcm_jax.generation import Sampler, student_sampler
 from rcm_jax.guard import Guard, Trouble
 from rcm_jax.lifetime import termination_notice, watchdog
+from rcm_jax.methods import Applies, Recipe
 from rcm_jax.models.blocks import Remat
 from rcm_jax.models.functional import Network, functional
 from rcm_jax.models.wan import PRESETS, Wan
 from rcm_jax.records import RunRecords, warn, write_run_info
 from rcm_jax.schedule import Phase, needs, phase_at, total_iterations
-from rcm_jax.state import Params, TrainState, create_optimizer, create_state, ema_exponent
-from rcm_jax.steps import Metrics, Recipe, critic_step, student_step
+from rcm_jax.state import Params, TrainState, create_optimizer, create_state, ema_exponent, overlay
+from rcm_jax.steps import Metrics, critic_step, student_step
 
 # The official balance of the losses, 100 : 1, belongs to latents of 16 x 21 x 60 x 104 elements.
 OFFICIAL_ELEMENTS = 16 * 21 * 60 * 104
@@ -77,17 +79,17 @@ def _train(
         rows=sharding.local_rows(mesh, config.data.batch_size),
     )
 
-    network = create_network(config, mesh)
+    networks = create_networks(config, mesh)
     optimizers = create_optimizers(config)
-    abstract = abstract_state(config, network, optimizers, mesh)
+    abstract = abstract_state(config, networks, optimizers, mesh)
     negative = negative_text(config, text_shape)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    take_step = compile_steps(config, network, optimizers, latent_shape, negative, shardings)
+    take_step = compile_steps(config, networks, optimizers, latent_shape, negative, shardings)
 
     progresses()
     checkpoints = Checkpoints(workdir / "checkpoints", **config.checkpoint)
     restored = checkpoints.restore(abstract, batches)
-    start, state = restored or (0, init_state(config, network, optimizers, mesh))
+    start, state = restored or (0, init_state(config, networks, optimizers, mesh))
     write_run_info(workdir, config.to_dict(), process_index=jax.process_index())
     records = RunRecords(
         workdir,
@@ -98,7 +100,7 @@ def _train(
         wandb_project=config.log.wandb,
     )
 
-    sample = student_sampler(config, network, latent_shape, steps=sampling.MAX_STEPS)
+    sample = student_sampler(config, networks.student, latent_shape, steps=sampling.MAX_STEPS)
     guard = create_guard(config, skipped=int(state.skipped))
     iteration, window, recent, rollbacks, bad_records = start, [], {}, 0, set()
     while iteration < total:
@@ -136,7 +138,7 @@ def _train(
             records.write(iteration, recent)
             window = []
         if config.log.sample_every and iteration % config.log.sample_every == 0:
-            record_samples(records, iteration, sample, state.ema, source, config.log.samples)
+            record_samples(records, iteration, sample, overlay(state.teacher, state.ema), source, config.log.samples)
         checkpoints.save(iteration, state, batches, {"metrics": recent})
     checkpoints.save_and_wait(total, state, batches, {"metrics": recent})
     export(config, state, workdir)
@@ -171,8 +173,37 @@ def keep_batch(trouble: Trouble, workdir: Path) -> None:
     export_safetensors(path, trouble.batch, {"iteration": str(trouble.iteration), "reason": trouble.reason})
 
 
-def create_network(config: ConfigDict, mesh: Mesh | None = None) -> Network:
-    """The network of the config's preset, as pure functions, its blocks split over the mesh, if there is one.
+class Networks(NamedTuple):
+    """The networks of a run, of one preset."""
+
+    student: Network
+    teacher: Network
+    fake: Network
+
+    @property
+    def applies(self) -> Applies:
+        return Applies(*(network.apply for network in self))
+
+
+def create_networks(config: ConfigDict, mesh: Mesh | None = None) -> Networks:
+    """The student, the teacher and the fake score, each with what the config's methods add to it."""
+    return Networks(
+        student=create_network(config, mesh, lora_rank=config.model.lora_rank),
+        teacher=create_network(config, mesh, spans=False),
+        fake=create_network(
+            config,
+            mesh,
+            spans=False,
+            discriminator=needs(parse_stages(config.stages), "gan"),
+            lora_rank=config.model.critic_lora_rank,
+        ),
+    )
+
+
+def create_network(config: ConfigDict, mesh: Mesh | None = None, **extras: Any) -> Network:
+    """The network that the config trains, as pure functions, its blocks split over the mesh, if there is one.
+
+    `extras` change its WanConfig; without them it is the student as it is exported.
 
     Raises UserError for an unknown preset or remat policy, or a mesh that does not divide the heads.
     """
@@ -180,15 +211,23 @@ def create_network(config: ConfigDict, mesh: Mesh | None = None) -> Network:
         raise UserError(f"model.preset={config.model.preset!r} must be one of {', '.join(PRESETS)}")
     if config.model.remat not in get_args(Remat):
         raise UserError(f"model.remat={config.model.remat!r} must be one of {', '.join(get_args(Remat))}")
-    preset, dtype = PRESETS[config.model.preset], jnp.dtype(config.model.dtype)
+    extras = {"spans": needs(parse_stages(config.stages), *MEAN_FLOW)} | extras
+    preset, dtype = dataclasses.replace(PRESETS[config.model.preset], **extras), jnp.dtype(config.model.dtype)
     ops = sharding.block_ops(mesh, preset.heads, config.model.ulysses)
     return functional(lambda rngs: Wan(preset, dtype=dtype, remat=config.model.remat, ops=ops, rngs=rngs))
 
 
 def load_params(path: str | Path, network: Network) -> Params:
-    """A network's parameters from a checkpoint of any kind that convert/ reads: a teacher, or a student of ours."""
+    """A network's parameters from a checkpoint of any kind that convert/ reads: a teacher, or a student of ours.
+
+    The second time of MeanFlow, which a teacher lacks, starts at zero.
+    """
     _, tensors = families.published(open_source(Path(path)), families.WAN)
-    return params_from_wan(tensors, network.abstract_params(), source=str(path))
+    abstract, own = network.abstract_params(), {}
+    if "span_embedding" in abstract and "span_embedding.0.weight" not in tensors:
+        spans = abstract.pop("span_embedding")
+        own = {"span_embedding": jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), spans)}
+    return params_from_wan(tensors, abstract, source=str(path)) | own
 
 
 def negative_text(config: ConfigDict, text_shape: tuple[int, ...]) -> jax.Array:
@@ -235,31 +274,46 @@ def create_optimizers(config: ConfigDict) -> Optimizers:
 
 
 def create_initial_state(
-    config: ConfigDict, network: Network, optimizers: Optimizers, teacher: Params | None
+    config: ConfigDict, networks: Networks, optimizers: Optimizers, teacher: Params | None
 ) -> TrainState:
-    """Iteration 0, traceable: every network a copy of the teacher, or without one a student at random."""
-    student = network.init(jax.random.key(config.seed)) if teacher is None else teacher
-    return create_state(student, teacher, *optimizers)
+    """Iteration 0, traceable: every network a copy of the teacher and of what it adds, or a student at random."""
+    student, fake = (
+        first_params(network, jax.random.key(config.seed), teacher, rank)
+        for network, rank in (
+            (networks.student, config.model.lora_rank),
+            (networks.fake, config.model.critic_lora_rank),
+        )
+    )
+    return create_state(student, teacher, *optimizers, fake=fake)
 
 
-def abstract_state(config: ConfigDict, network: Network, optimizers: Optimizers, mesh: Mesh) -> TrainState:
+def first_params(network: Network, key: jax.Array, teacher: Params | None, lora_rank: int) -> Params:
+    """What a network learns: all of its parameters, a teacher's values where it has them, or only what it adds."""
+    params = network.init(key)
+    if teacher is None:
+        return params
+    return adapters.without(params, teacher) if lora_rank else overlay(params, teacher)
+
+
+def abstract_state(config: ConfigDict, networks: Networks, optimizers: Optimizers, mesh: Mesh) -> TrainState:
     """Shape, dtype and sharding of every leaf of the run's state; allocates nothing."""
-    teacher = None if needs(parse_stages(config.stages), "flow_matching") else network.abstract_params()
-    init = functools.partial(create_initial_state, config, network, optimizers)
+    distils = needs(parse_stages(config.stages), *FROM_TEACHER)
+    teacher = networks.teacher.abstract_params() if distils else None
+    init = functools.partial(create_initial_state, config, networks, optimizers)
     shapes = jax.eval_shape(init, teacher)
     place = sharding.tree_shardings(shapes, mesh)
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, place)
 
 
-def init_state(config: ConfigDict, network: Network, optimizers: Optimizers, mesh: Mesh) -> TrainState:
+def init_state(config: ConfigDict, networks: Networks, optimizers: Optimizers, mesh: Mesh) -> TrainState:
     """Iteration 0 on the mesh. Raises UserError if the run distils and names no teacher."""
     teacher = None
-    if not needs(parse_stages(config.stages), "flow_matching"):
+    if needs(parse_stages(config.stages), *FROM_TEACHER):
         if not config.teacher.path:
             raise UserError("teacher.path is empty: give the checkpoint of the model to distil")
-        teacher = sharding.place_params(load_params(config.teacher.path, network), mesh)
-    abstract = abstract_state(config, network, optimizers, mesh)
-    init = functools.partial(create_initial_state, config, network, optimizers)
+        teacher = sharding.place_params(load_params(config.teacher.path, networks.teacher), mesh)
+    abstract = abstract_state(config, networks, optimizers, mesh)
+    init = functools.partial(create_initial_state, config, networks, optimizers)
     return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(teacher)
 
 
@@ -276,11 +330,18 @@ def make_recipe(config: ConfigDict, latent_shape: tuple[int, ...]) -> Recipe:
         guidance=config.teacher.guidance,
         scm_weight=scm_weight,
         dmd_weight=c.dmd_weight,
+        gan_weight=c.gan_weight,
+        gan_critic_weight=c.gan_critic_weight,
+        tangent=c.tangent,
+        tangent_step=c.tangent_step,
+        mean_flow_share=c.mean_flow_share,
+        mean_flow_power=c.mean_flow_power,
         simulation_steps=c.simulation_steps,
         simulation_times=tuple(c.simulation_times),
         p_G_mean=c.p_G_mean,
         p_G_std=c.p_G_std,
         p_D_shift=c.p_D_shift,
+        rf_range=tuple(c.rf_range),
         dcm_steps=c.dcm_steps,
         dcm_shift=c.dcm_shift,
         caption_dropout=config.teacher.caption_dropout,
@@ -294,7 +355,7 @@ TakeStep = Callable[[TrainState, dict[str, jax.Array], Phase], tuple[TrainState,
 
 def compile_steps(
     config: ConfigDict,
-    network: Network,
+    networks: Networks,
     optimizers: Optimizers,
     latent_shape: tuple[int, ...],
     negative: jax.Array,
@@ -314,25 +375,37 @@ def compile_steps(
             key(state, seed),
             tangent_ratio,
             loss_names=losses,
-            apply=network.apply,
+            apply=networks.applies,
             optimizer=optimizers.student,
             recipe=recipe,
             negative_text=negative,
         )
 
-    def critic(state, batch, seed):
+    def critic(state, batch, seed, losses):
         return critic_step(
-            state, batch, key(state, seed), apply=network.apply, optimizer=optimizers.critic, recipe=recipe
+            state,
+            batch,
+            key(state, seed),
+            loss_names=losses,
+            apply=networks.applies,
+            optimizer=optimizers.critic,
+            recipe=recipe,
         )
 
     seed = np.uint32(config.seed)
     options = sharding.compiler_options(shardings.iteration.mesh)
-    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
-    student, critic = jit(student, static_argnames="losses"), jit(critic)
+    jit = functools.partial(
+        jax.jit,
+        static_argnames="losses",
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=options,
+    )
+    student, critic = jit(student), jit(critic)
 
     def take_step(state: TrainState, batch: dict[str, jax.Array], phase: Phase) -> tuple[TrainState, Metrics]:
         if phase.update == "critic":
-            return critic(state, batch, seed)
+            return critic(state, batch, seed, losses=phase.losses)
         return student(state, batch, seed, np.float32(phase.tangent_ratio), negative, losses=phase.losses)
 
     return take_step
@@ -367,8 +440,15 @@ def record_samples(
 
 
 def export(config: ConfigDict, state: TrainState, workdir: Path) -> None:
-    """Writes student.safetensors and ema.safetensors, float32, by Wan's tensor names."""
+    """Writes student.safetensors and ema.safetensors, float32, by Wan's tensor names.
+
+    They are whole; what a LoRA adds also goes to student_lora.safetensors and ema_lora.safetensors.
+    """
     metadata = {"model": config.model.preset, "stages": config.stages, "iteration": str(int(state.iteration))}
     for name, params in (("student", state.student), ("ema", state.ema)):
-        tensors = wan_tensors(jax.tree.map(on_host, params), PRESETS[config.model.preset])
+        params = jax.tree.map(on_host, overlay(state.teacher, params))
+        tensors = wan_tensors(adapters.merge(params), PRESETS[config.model.preset])
         export_safetensors(workdir / f"{name}.safetensors", tensors, metadata | {"parameters": name})
+        if config.model.lora_rank:
+            lora = adapters.lora_tensors(params, WAN)
+            export_safetensors(workdir / f"{name}_lora.safetensors", lora, metadata | {"parameters": name})

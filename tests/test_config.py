@@ -16,14 +16,17 @@ from ml_collections import ConfigDict, config_dict
 def get_config():
     return ConfigDict({
         "seed": 0, "deterministic": False, "stages": "scm:1,rcm:2",
-        "model": {"preset": "digits", "dtype": "float32", "remat": False, "ulysses": 0},
+        "model": {"preset": "digits", "dtype": "float32", "remat": False, "ulysses": 0, "lora_rank": 0,
+                  "critic_lora_rank": 0},
         "teacher": {"path": config_dict.placeholder(str), "guidance": 5.0, "negative_path": "", "caption_dropout": 0.1},
         "data": {"name": "digits", "dir": "data", "batch_size": 64, "accumulate": 2, "in_memory": False},
         "optimizer": {"student_lr": 1e-4, "critic_lr": 1e-5, "weight_decay": 0.01, "b1": 0.0, "b2": 0.999, "warmup": 9,
                       "decay_from": 0, "decay_to": 0},
         "loss": {"scm_weight": config_dict.placeholder(float), "dmd_weight": 1.0, "tangent_warmup": 0,
                  "student_update_freq": 5, "simulation_steps": 4, "simulation_times": (), "p_G_mean": 0.7,
-                 "p_G_std": 1.6, "p_D_shift": 5.0, "dcm_steps": 48, "dcm_shift": 5.0},
+                 "p_G_std": 1.6, "p_D_shift": 5.0, "dcm_steps": 48, "dcm_shift": 5.0, "gan_weight": 0.01,
+                 "gan_critic_weight": 0.1, "tangent": "exact", "tangent_step": 1e-4, "rf_range": (0.0, 1.0),
+                 "mean_flow_share": 0.25, "mean_flow_power": 1.0},
         "ema": {"sigma_rel": 0.1}, "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1},
         "checkpoint": {"every": 100, "keep": 2, "keep_every": 0, "best": ""},
         "faults": {"hang_seconds": 60.0, "max_skipped": 9, "max_loss_ratio": 9.0, "max_bad_data": 0.01, "rollbacks": 0},
@@ -57,6 +60,7 @@ def stages(*pairs: tuple[str, int]) -> tuple[Stage, ...]:
         ("flow_matching:2000", stages(("flow_matching", 2000))),
         ("dcm:200,scm:400,scm+dmd:1000", stages(("dcm", 200), ("scm", 400), ("scm+dmd", 1000))),
         ("rcm:7", stages(("scm+dmd", 7))),
+        ("sct:3,dmd2:7", stages(("sct", 3), ("dmd+gan", 7))),
         ("dmd + dcm:1, dmd:2", stages(("dcm+dmd", 1), ("dmd", 2))),
     ],
 )
@@ -85,8 +89,11 @@ def test_any_list_of_valid_stages_is_read_back(pairs: list[tuple[str, int]]):
         ("dmdd:10", "did you mean dmd?"),
         ("scm+scm:10", "once"),
         ("rcm+dmd:10", "once"),
-        ("scm+dcm:10", "must not join scm and dcm"),
-        ("rcm+dcm:10", "must not join scm and dcm"),
+        ("dmd2+gan:10", "once"),
+        ("scm+dcm:10", "must have one of dcm, scm, sct"),
+        ("rcm+sct:10", "must have one of dcm, scm, sct"),
+        ("mean_flow+dmd:10", "mean_flow alone"),
+        ("scm+gan:10", "gan without dmd, whose fake score it reads: write dmd2:10"),
         ("flow_matching+dmd:10", "flow_matching alone"),
     ],
 )
@@ -244,6 +251,15 @@ def test_a_value_that_is_plainly_none_has_no_type_to_override(recipe: Path):
         ("loss.p_D_shift", [0.0]),
         ("loss.dcm_steps", [1]),
         ("loss.dcm_shift", [0.0]),
+        ("loss.gan_weight", [-1.0]),
+        ("loss.gan_critic_weight", [-1.0]),
+        ("loss.tangent", ["forward"]),
+        ("loss.tangent_step", [0.0, 0.1]),
+        ("loss.rf_range", [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (0.5,), 3]),
+        ("loss.mean_flow_share", [0.0, 1.1]),
+        ("loss.mean_flow_power", [-0.1, 1.1]),
+        ("model.lora_rank", [-1]),
+        ("model.critic_lora_rank", [-1]),
         ("ema.sigma_rel", [0.0, 0.29]),
         ("model.ulysses", [-1, 1.5]),
         ("mesh.data", [0, -2, 1.5]),
@@ -269,6 +285,24 @@ def test_a_value_that_breaks_its_rule_is_named(recipe: Path, key: str, values: l
             validate(config)
         assert key in str(error.value)
         assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages=sct:9", "model.lora_rank=4"], "model.lora_rank adapts a teacher, and no stage has one"),
+        (["stages=scm:9", "model.critic_lora_rank=4"], "adapts a fake score, and no stage has dmd"),
+        (["stages=dcm:9", "loss.rf_range=0.5,1.0"], "loss.rf_range bounds drawn times, dcm has a grid of all"),
+        (
+            ["stages=dmd:9", "loss.rf_range=0.5,1.0", "loss.simulation_times=(1.3, 0.6)"],
+            "loss.simulation_times has 0.6, RF time 0.406, outside loss.rf_range",
+        ),
+    ],
+)
+def test_values_that_do_not_go_together_are_named(recipe: Path, overrides: list[str], message: str):
+    with pytest.raises(UserError) as error:
+        load(recipe, overrides)
+    assert message in str(error.value)
 
 
 def test_a_batch_that_does_not_split_names_one_that_does(recipe: Path):

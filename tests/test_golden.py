@@ -11,9 +11,9 @@ import numpy as np
 
 from rcm_jax import losses
 from rcm_jax.convert.wan import params_from_wan, wan_tensors
+from rcm_jax.methods import conditioned, guided
 from rcm_jax.models.functional import functional
 from rcm_jax.models.wan import Wan, WanConfig
-from rcm_jax.steps import conditioned, guided
 from rcm_jax.trigflow import trig_velocity
 
 TOLERANCE = 2e-5

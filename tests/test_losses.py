@@ -67,6 +67,31 @@ def test_scm_tangent_is_the_derivative_along_the_teachers_flow():
     np.testing.assert_allclose(terms.student_tangent, np.cos(t) * np.sin(t) * derivative, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("difference", [losses.semicontinuous_tangent, losses.discrete_tangent])
+@pytest.mark.parametrize("step", [1e-2, 1e-3, 1e-4])
+def test_a_difference_approaches_the_exact_tangent_in_proportion_to_its_step(difference, step):
+    """Between 0.1 and 10 times the step: a tenth of the step has a tenth of the error."""
+    x_t, teacher_F = draw(1, 2)
+    value, exact = losses.exact_tangent(wobbly, x_t, jnp.asarray(TIMES), teacher_F)
+    same_value, found = difference(wobbly, x_t, jnp.asarray(TIMES), teacher_F, frozen_student=wobbly, step=step)
+    np.testing.assert_array_equal(same_value, value)
+    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    assert 0.1 * step < error < 10 * step
+
+
+def test_sct_has_the_gradient_of_scm_on_average_over_what_x_t_hides():
+    """For data N(0, std^2) and x_t given: x0 and noise vary, their mean velocity is the exact one (before scaling)."""
+    std, t = 0.5, jnp.full(20_000, 0.9)
+    cos, sin = np.cos(0.9), np.sin(0.9)
+    total = std**2 * cos**2 + sin**2
+    x_t, rest = 0.7, np.random.default_rng(0).standard_normal((20_000, 1, 1, 1, 1))
+    x0 = std**2 * cos / total * x_t + std * sin / np.sqrt(total) * rest  # the posterior of x0 given x_t
+    noise = (x_t - cos * x0) / sin
+    found = losses.conditional_velocity(jnp.asarray(x0), jnp.asarray(noise))(jnp.full(x0.shape, x_t), t)
+    expected = gaussian_velocity(std)(jnp.full((1, 1, 1, 1, 1), x_t), t[:1])
+    assert abs(found.mean() - expected) < 4 * found.std() / np.sqrt(20_000)
+
+
 @pytest.mark.parametrize("std", [0.5, 1.0, 2.0])
 def test_scm_gradient_vanishes_at_the_true_consistency_function(std):
     x0, noise = draw(1, 2)
@@ -131,6 +156,26 @@ def test_critic_is_the_weighted_denoising_error_and_least_at_the_exact_score():
         return losses.critic(fake, 0.5 * many[0], many[1], t).mean()
 
     assert abs(jax.grad(loss)(1.0)) < 0.02 < abs(jax.grad(loss)(0.8))
+
+
+def test_the_gan_is_the_cross_entropy_of_real_and_generated():
+    real, generated = np.array([-30.0, 0.0, 2.0]), np.array([1.0, -2.0, 40.0])
+    probability = lambda logit: 1 / (1 + np.exp(-logit))  # noqa: E731
+    expected = -np.log(probability(real)) - np.log(probability(-generated))
+    np.testing.assert_allclose(losses.gan_critic(jnp.asarray(real), jnp.asarray(generated)), expected, rtol=1e-12)
+    np.testing.assert_allclose(losses.gan_generator(jnp.asarray(real)), -np.log(probability(real)), rtol=1e-12)
+    slope = jax.grad(lambda logit: losses.gan_generator(logit).sum())(jnp.asarray(real))
+    np.testing.assert_allclose(slope, -probability(-real), rtol=1e-12)  # near -1 where the critic is sure
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_broken_logit_has_no_loss_and_no_gradient(value):
+    logits = jnp.array([0.5, value])
+    for loss in (losses.gan_generator, lambda x: losses.gan_critic(x, 0.0 * logits), lambda x: losses.gan_critic(x, x)):
+        assert loss(logits)[1] == 0
+        slope = jax.grad(lambda x: loss(x).sum())(logits)  # noqa: B023
+        assert slope[1] == 0
+        assert np.isfinite(slope[0])
 
 
 def test_flow_matching_is_the_rectified_flow_regression():

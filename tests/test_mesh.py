@@ -17,12 +17,13 @@ import pytest
 from jax.experimental import topologies
 
 from rcm_jax import sampling, sharding
+from rcm_jax.methods import Applies, Recipe
 from rcm_jax.models.blocks import WHOLE
 from rcm_jax.models.cosmos import CosmosConfig
 from rcm_jax.models.presets import create_network
 from rcm_jax.models.wan import WanConfig
 from rcm_jax.state import create_state
-from rcm_jax.steps import Recipe, critic_step, student_step
+from rcm_jax.steps import critic_step, student_step
 from rcm_jax.trigflow import rf_velocity
 
 LAYERS = 3
@@ -72,8 +73,9 @@ BATCHES = {"latent": normal(0, BATCH, *LATENT), "text": normal(1, BATCH, *TEXT)}
 
 def update(network, losses, state, batch, key, ratio):
     """Of the student; where a loss needs the critic, of that too."""
-    settings = dict(apply=network.apply, optimizer=OPTIMIZER, recipe=Recipe(scm_weight=5.0))
-    state, metrics = student_step(state, batch, key, ratio, loss_names=losses, negative_text=NEGATIVE, **settings)
+    applies = Applies(*3 * [network.apply])
+    settings = dict(apply=applies, loss_names=losses, optimizer=OPTIMIZER, recipe=Recipe(scm_weight=5.0))
+    state, metrics = student_step(state, batch, key, ratio, negative_text=NEGATIVE, **settings)
     if "dmd" not in losses:
         return state, metrics
     state, more = critic_step(state, batch, key, **settings)

@@ -10,10 +10,11 @@ import jax
 import pytest
 
 from rcm_jax import sharding
-from rcm_jax.config import load, parse_stages
+from rcm_jax.config import FROM_TEACHER, load, parse_stages
 from rcm_jax.models.wan import PRESETS
 from rcm_jax.schedule import needs, total_iterations
-from rcm_jax.train import abstract_state, create_network, create_optimizers, make_recipe
+from rcm_jax.state import overlay
+from rcm_jax.train import abstract_state, create_networks, create_optimizers, make_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.name != "__init__.py")
@@ -49,11 +50,12 @@ def test_a_recipe_holds_the_command_that_runs_it(name):
 def test_a_recipe_describes_a_state_that_can_be_made(name):
     """Shapes alone, on eight devices that share the parameters, whatever their size."""
     config = read(name, ["mesh.fsdp=8", "mesh.data=1"])
-    stages, network = parse_stages(config.stages), create_network(config)
+    stages, networks = parse_stages(config.stages), create_networks(config)
     mesh = sharding.make_mesh(**config.mesh)
-    state = abstract_state(config, network, create_optimizers(config), mesh)
-    assert jax.tree.structure(state.student) == jax.tree.structure(network.abstract_params())
-    assert (state.teacher is None) == needs(stages, "flow_matching")
+    state = abstract_state(config, networks, create_optimizers(config), mesh)
+    whole = overlay(state.teacher, state.student)
+    assert jax.tree.structure(whole) == jax.tree.structure(networks.student.abstract_params())
+    assert (state.teacher is not None) == needs(stages, *FROM_TEACHER)
     assert (state.fake is None) == (not needs(stages, "dmd"))
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.student))
@@ -73,7 +75,7 @@ def test_a_recipe_decays_within_its_run(name):
 def test_a_digits_recipe_runs_without_further_files(name):
     config = read(name)
     assert (config.data.name, config.model.preset) == ("digits", "digits")
-    if not needs(parse_stages(config.stages), "flow_matching"):
+    if needs(parse_stages(config.stages), *FROM_TEACHER):
         assert (CONFIGS.parent / config.teacher.path).is_file()
 
 

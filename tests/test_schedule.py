@@ -39,6 +39,17 @@ def test_stages_follow_each_other_and_share_one_warm_up():
     assert [phase.tangent_ratio for phase in found[3:]] == [0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 1, 1, 1]
 
 
+def test_dmd2_trains_its_discriminator_in_the_critics_updates():
+    found = phases("dmd2:4", warmup=0, freq=2)
+    assert [phase.update for phase in found] == ["student", "critic"] * 2
+    assert [phase.losses for phase in found] == [frozenset({"dmd", "gan"}), frozenset({"gan"})] * 2
+
+
+@pytest.mark.parametrize("loss", ["scm", "sct", "mean_flow", "mean_flow_scratch"])
+def test_every_loss_with_a_tangent_warms_it_up(loss):
+    assert [phase.tangent_ratio for phase in phases(f"{loss}:4", warmup=2)] == [0, 0.5, 1, 1]
+
+
 def test_a_stage_without_scm_does_not_wait_for_the_warm_up():
     found = phases("dmd:4,dcm+dmd:4", warmup=100, freq=2)
     assert [phase.losses for phase in found[::2]] == [frozenset({"dmd"})] * 2 + [frozenset({"dcm", "dmd"})] * 2

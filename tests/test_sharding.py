@@ -17,7 +17,7 @@ from rcm_jax import sharding
 from rcm_jax.config import UserError
 from rcm_jax.models.presets import PRESETS
 from rcm_jax.models.presets import create_network as create_published
-from rcm_jax.train import create_initial_state, create_network, create_optimizers
+from rcm_jax.train import create_initial_state, create_networks, create_optimizers
 
 SPLITS = [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2}]
 RECIPES = {"digits": digits_rcm, "wan2.1-t2v-1.3b": wan2_1_t2v_1_3b, "wan2.1-t2v-14b": wan2_1_t2v_14b}
@@ -26,10 +26,10 @@ RECIPES = {"digits": digits_rcm, "wan2.1-t2v-1.3b": wan2_1_t2v_1_3b, "wan2.1-t2v
 def abstract_state(name):
     """Shapes of the state of a run that distils by sCM and DMD; allocates nothing."""
     config = RECIPES[name].get_config()
-    network = create_network(config)
-    teacher = network.abstract_params()
+    networks = create_networks(config)
+    teacher = networks.teacher.abstract_params()
     return jax.eval_shape(
-        lambda teacher: create_initial_state(config, network, create_optimizers(config), teacher), teacher
+        lambda teacher: create_initial_state(config, networks, create_optimizers(config), teacher), teacher
     )
 
 

@@ -6,6 +6,7 @@ its sign, which round-off can turn.
 
 import dataclasses
 import functools
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,17 @@ import optax
 import pytest
 from flax import traverse_util
 
-from rcm_jax import sharding
+from rcm_jax import config, sharding
+from rcm_jax.methods import Applies, Recipe, guided
 from rcm_jax.state import create_state
-from rcm_jax.steps import Recipe, critic_step, ema_decay, guided, student_step
+from rcm_jax.steps import critic_step, ema_decay, student_step
 
 LATENT, TEXT = (2, 4, 4, 2), (5, 10)
 BATCH = 8
-# All at once, as one compilation; no recipe does.
-LOSSES = frozenset({"flow_matching", "scm", "dcm", "dmd"})
+# All at once, as one compilation; no recipe does. sct and mean_flow are scm and mean_flow_scratch at another velocity.
+LOSSES = frozenset(config.LOSSES) - {"sct", "mean_flow"}
+CONSISTENCY = LOSSES - {"flow_matching", "dmd", "gan"}
+GAN = frozenset({"gan"})
 OPTIMIZER = optax.sgd(1e-3, momentum=0.9)
 NEGATIVE = jnp.zeros(TEXT)
 KEY, RATIO = jax.random.key(5), jnp.float32(0.7)
@@ -32,28 +36,46 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def small_init(key):
+STUDENT, FAKE = {"span_embedding.up": (2, 32)}, {"discriminator.mlp.up": (32, 1)}  # what they add to a teacher
+
+
+def small_init(key, extra=MappingProxyType({})):
     """Named as a Wan network's parameters, so that sharding.RULES know them."""
     shapes = {
         "patch_embedding": (2, 32),
         "text_embedding.up": (10, 32),
         "time_projection": (2, 32),
         "head.head": (32, 2),
+        **extra,
     }
     keys = jax.random.split(key, len(shapes))
     kernels = {f"{name}.kernel": jax.random.normal(k, shapes[name]) for k, name in zip(keys, shapes, strict=True)}
     return traverse_util.unflatten_dict(kernels | {"patch_embedding.bias": jnp.full(32, 0.1, jnp.float32)}, sep=".")
 
 
-def small_apply(params, x, time_B, text_BSD, *, mode="reverse"):
+def small_apply(params, x, time_B, text_BSD, *, span_B=None, mode="reverse", discriminate=False):
     """A network that compiles in no time: two layers and a norm, over every token alone."""
     del mode
-    time = jnp.stack([jnp.sin(time_B / 200), jnp.cos(time_B / 200)], axis=-1) @ params["time_projection"]["kernel"]
+
+    def embed(time_B, kernel):
+        return jnp.stack([jnp.sin(time_B / 200), jnp.cos(time_B / 200)], axis=-1) @ kernel
+
+    time = embed(time_B, params["time_projection"]["kernel"])
+    if span_B is not None:
+        time = time + embed(span_B, params["span_embedding"]["up"]["kernel"])
     condition = time + (text_BSD @ params["text_embedding"]["up"]["kernel"]).mean(axis=1)
     hidden = x @ params["patch_embedding"]["kernel"] + params["patch_embedding"]["bias"].reshape(1, 1, 1, 1, -1)
     hidden = jnp.tanh(hidden + condition[:, None, None, None])
     hidden = hidden / jnp.sqrt(jnp.square(hidden).mean(axis=-1, keepdims=True) + 1e-6)
-    return hidden @ params["head"]["head"]["kernel"] / 6 + condition.mean(axis=1).reshape(-1, 1, 1, 1, 1)
+    out = hidden @ params["head"]["head"]["kernel"] / 6 + condition.mean(axis=1).reshape(-1, 1, 1, 1, 1)
+    if not discriminate:
+        return out
+    return out, (hidden @ params["discriminator"]["mlp"]["up"]["kernel"]).mean(axis=(1, 2, 3, 4))
+
+
+def same(apply):
+    """One network's apply for student, teacher and fake score."""
+    return Applies(apply, apply, apply)
 
 
 @functools.cache
@@ -61,12 +83,13 @@ def compiled(accumulate=1, mesh=None):
     """(student step, critic step), jitted; on a mesh, with results that lie as a state does."""
     recipe = Recipe(accumulate=accumulate, scm_weight=5.0)
     student = functools.partial(student_step, loss_names=LOSSES, negative_text=NEGATIVE)
+    critic = functools.partial(critic_step, loss_names=GAN)
     steps = (
-        functools.partial(f, apply=small_apply, optimizer=OPTIMIZER, recipe=recipe) for f in (student, critic_step)
+        functools.partial(f, apply=same(small_apply), optimizer=OPTIMIZER, recipe=recipe) for f in (student, critic)
     )
     placed = {}
     if mesh is not None:
-        state = jax.eval_shape(lambda key: first_state(*3 * [small_init(key)]), KEY)
+        state = jax.eval_shape(first_small_state)
         placed = {"out_shardings": (sharding.tree_shardings(state, mesh), None)}
     return tuple(jax.jit(step, compiler_options=FAST, **placed) for step in steps)
 
@@ -74,6 +97,11 @@ def compiled(accumulate=1, mesh=None):
 def first_state(student, teacher, fake):
     state = create_state(student, teacher, OPTIMIZER, OPTIMIZER)
     return state.replace(fake=fake, fake_opt=OPTIMIZER.init(fake))
+
+
+def first_small_state():
+    """A state in which student, teacher and fake score differ."""
+    return first_state(*(small_init(jax.random.key(seed), extra) for seed, extra in enumerate((STUDENT, {}, FAKE))))
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +112,7 @@ def exact_matmuls():
 
 @pytest.fixture(scope="module")
 def start():
-    """A state in which student, teacher and fake score differ."""
-    return first_state(*(small_init(jax.random.key(seed)) for seed in range(3)))
+    return first_small_state()
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +164,12 @@ def assert_close(ours, theirs, tolerance):
 def test_an_update_reports_finite_metrics_of_every_loss(once):
     _, (student, critic) = once
     parts = {name: float(student[f"loss_{name}"]) for name in LOSSES}
-    expected = parts["flow_matching"] + 5.0 * (parts["scm"] + parts["dcm"]) + parts["dmd"]
+    expected = parts["flow_matching"] + 5.0 * sum(parts[name] for name in CONSISTENCY)
+    expected += parts["dmd"] + Recipe().gan_weight * parts["gan"]
     assert float(student["loss"]) == pytest.approx(expected, rel=1e-5)
     assert all(value > 0 for value in parts.values())
     assert 0 < float(critic["loss_critic"]) < np.inf
+    assert 0 < float(critic["loss_gan_critic"]) < np.inf
     assert 0 < float(student["grad_norm"]) < np.inf
     assert 0 < float(critic["grad_norm_critic"]) < np.inf
     assert student["skipped"] == critic["skipped"] == 0
@@ -269,7 +298,7 @@ def test_the_simulation_grows_with_its_own_networks_updates(updates, start, batc
         jax.debug.callback(lambda: passes.append(1))
         return small_apply(*args, **kwargs)
 
-    settings = {"apply": counted, "optimizer": OPTIMIZER, "recipe": Recipe()}
+    settings = {"apply": same(counted), "optimizer": OPTIMIZER, "recipe": Recipe()}
     if updates == "student_updates":
         step = functools.partial(student_step, loss_names=frozenset({"dmd"}), negative_text=NEGATIVE, **settings)
         arguments, others = (RATIO,), 2  # guided teacher, fake score

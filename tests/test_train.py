@@ -19,7 +19,7 @@ from rcm_jax.data import digits
 from rcm_jax.models.functional import Network
 from rcm_jax.models.wan import PRESETS, WanConfig
 from rcm_jax.schedule import Phase
-from rcm_jax.train import create_network, load_params, train
+from rcm_jax.train import Networks, create_network, load_params, train
 
 TINY = WanConfig(
     dim=48, ffn_dim=96, heads=2, layers=2, patch=(4, 8, 8), in_channels=1, out_channels=1, text_dim=32, text_length=8
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
         patch.setattr(
             training,
             "create_network",
-            lambda config, mesh=None: STUB if "rcm" in config.stages else create_network(config),
+            lambda config, mesh=None, **extras: STUB if "rcm" in config.stages else create_network(config, **extras),
         )
         patch.setattr(digits, "build", functools.partial(digits.build, limit=2))
         jax.config.update("jax_disable_most_optimizations", True)  # compiling is nearly all that these runs do
@@ -218,15 +218,15 @@ def test_a_negative_prompt_of_another_shape_is_an_error(folder, tmp_path):
 
 def test_an_update_draws_anew_for_every_iteration_and_seed_and_follows_the_warm_up(folder):
     config = configure(folder, "rcm")
-    mesh, optimizers = sharding.make_mesh(), training.create_optimizers(config)
-    place = jax.tree.map(lambda leaf: leaf.sharding, training.abstract_state(config, STUB, optimizers, mesh))
+    mesh, optimizers, networks = sharding.make_mesh(), training.create_optimizers(config), Networks(STUB, STUB, STUB)
+    place = jax.tree.map(lambda leaf: leaf.sharding, training.abstract_state(config, networks, optimizers, mesh))
     batch = {"latent": np.ones((8, 8, 16, 16, 1), np.float32), "text": np.ones((8, 8, 32), np.float32)}
     batch["fault"] = np.zeros(8, np.int32)
 
     def loss(*, seed=0, iteration=0, ratio=0.5):
         config.seed = seed
-        step = training.compile_steps(config, STUB, optimizers, (8, 16, 16, 1), jnp.zeros((8, 32)), place)
-        state = training.init_state(config, STUB, optimizers, mesh)
+        step = training.compile_steps(config, networks, optimizers, (8, 16, 16, 1), jnp.zeros((8, 32)), place)
+        state = training.init_state(config, networks, optimizers, mesh)
         state = state.replace(iteration=jax.device_put(np.int32(iteration), place.iteration))
         phase = Phase("student", frozenset({"scm"}), ratio)
         return float(step(state, training.to_mesh(batch, mesh, 8), phase)[1]["loss"])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from rcm_jax import trigflow
 
@@ -70,6 +70,20 @@ def test_lognormal_draws_have_a_normal_log_noise_level(mean, std):
     assert ((t > 0) & (t < np.pi / 2)).all()
     assert stats.kstest(np.log(np.tan(t)), stats.norm(mean, std).cdf).pvalue > 0.01
     assert stats.kstest(np.log(np.tan(t)), stats.norm(mean + 0.1, std).cdf).pvalue < 1e-6
+
+
+@pytest.mark.parametrize("rf_range", [(0.875, 1.0), (0.0, 0.875), (0.2, 0.6)])
+def test_draws_of_an_expert_are_those_of_its_range(rf_range):
+    """As the whole distribution has them, given that they lie there."""
+    mean, std, shift = 0.7, 1.6, 5.0
+    t = np.asarray(trigflow.draw_lognormal(jax.random.key(0), (20_000,), mean, std, rf_range), np.float64)
+    lowest, highest = (stats.norm(mean, std).cdf(special.logit(s)) for s in rf_range)
+    place = (stats.norm(mean, std).cdf(np.log(np.tan(t))) - lowest) / (highest - lowest)
+    assert stats.kstest(place, stats.uniform.cdf).pvalue > 0.01
+    t = np.asarray(trigflow.draw_shifted_uniform(jax.random.key(1), (20_000,), shift, rf_range), np.float64)
+    lowest, highest = (s / (shift - (shift - 1) * s) for s in rf_range)
+    sigma = np.tan(np.minimum(t, np.pi / 2)) / shift
+    assert stats.kstest((sigma / (1 + sigma) - lowest) / (highest - lowest), stats.uniform.cdf).pvalue > 0.01
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0])

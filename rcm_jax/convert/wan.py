@@ -26,6 +26,8 @@ _MODULES = (
     ("image_embedding.norm_out", "img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
     ("time_embedding.up", "time_embedding.0", "condition_embedder.time_embedder.linear_1"),
     ("time_embedding.down", "time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("span_embedding.up", "span_embedding.0", "condition_embedder.span_embedder.linear_1"),
+    ("span_embedding.down", "span_embedding.2", "condition_embedder.span_embedder.linear_2"),
     ("time_projection", "time_projection.1", "condition_embedder.time_proj"),
     ("head.modulation", "head.modulation", "scale_shift_table"),
     ("head.head", "head.head", "proj_out"),
@@ -111,6 +113,7 @@ def config_from_tensors(shapes: Mapping[str, tuple[int, ...]], settings: Mapping
         out_channels=_matrix(shapes, "head.head.weight")[0] // 4,
         text_dim=_matrix(shapes, "text_embedding.0.weight")[1],
         time_dim=_matrix(shapes, "time_embedding.0.weight")[1],
+        spans="span_embedding.0.weight" in shapes,
     )
     image_norm = shapes.get("img_emb.proj.0.weight")
     return dataclasses.replace(config, image_tokens=CLIP_TOKENS, image_dim=image_norm[0]) if image_norm else config

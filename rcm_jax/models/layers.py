@@ -30,9 +30,10 @@ class MLP(nnx.Module):
         *,
         activation: Callable[[jax.Array], jax.Array],
         use_bias: bool = True,
+        lora_rank: int = 0,
     ):
-        self.up = linear(in_dim, hidden_dim, dtype, rngs, use_bias=use_bias)
-        self.down = linear(hidden_dim, out_dim, dtype, rngs, use_bias=use_bias)
+        self.up = linear(in_dim, hidden_dim, dtype, rngs, use_bias=use_bias, lora_rank=lora_rank)
+        self.down = linear(hidden_dim, out_dim, dtype, rngs, use_bias=use_bias, lora_rank=lora_rank)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -49,10 +50,26 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-def linear(in_dim: int, out_dim: int, dtype: Any, rngs: nnx.Rngs, *, use_bias: bool = True) -> nnx.Linear:
-    """A linear layer that keeps the size of its input at initialisation."""
+class AdaptedLinear(nnx.Linear):
+    """A linear layer and its LoRA (arXiv 2106.09685): x W + (x A) B + b, where B starts at 0."""
+
+    def __init__(self, in_dim: int, out_dim: int, lora_rank: int, *, rngs: nnx.Rngs, **options: Any):
+        super().__init__(in_dim, out_dim, rngs=rngs, **options)
+        self.lora_a = nnx.Param(jax.random.normal(rngs.params(), (in_dim, lora_rank)) / math.sqrt(in_dim))
+        self.lora_b = nnx.Param(jnp.zeros((lora_rank, out_dim)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        a, b = (matrix[...].astype(self.dtype) for matrix in (self.lora_a, self.lora_b))
+        return super().__call__(x) + (x.astype(self.dtype) @ a) @ b
+
+
+def linear(
+    in_dim: int, out_dim: int, dtype: Any, rngs: nnx.Rngs, *, use_bias: bool = True, lora_rank: int = 0
+) -> nnx.Linear:
+    """A linear layer that keeps the size of its input at initialisation, with a LoRA if `lora_rank` is not 0."""
     init = nnx.initializers.truncated_normal(1.0 / math.sqrt(in_dim))
-    return nnx.Linear(in_dim, out_dim, dtype=dtype, kernel_init=init, use_bias=use_bias, rngs=rngs)
+    options: dict[str, Any] = {"dtype": dtype, "kernel_init": init, "use_bias": use_bias, "rngs": rngs}
+    return AdaptedLinear(in_dim, out_dim, lora_rank, **options) if lora_rank else nnx.Linear(in_dim, out_dim, **options)
 
 
 def layer_norm(dim: int, eps: float, rngs: nnx.Rngs, *, affine: bool = False) -> nnx.LayerNorm:

@@ -38,6 +38,9 @@ class WanConfig:
 
     A network with `image_tokens` also attends to that many CLIP features, of width `image_dim`, of the first frame.
     A model with a `boundary` is two networks of this shape: one for RF times from there on, one for those below.
+
+    What a method adds: `spans`, the second time of MeanFlow; `discriminator`, the head of a GAN on the features in the
+    middle of the network; `lora_rank`, a LoRA of that rank beside every matrix of the blocks.
     """
 
     dim: int
@@ -54,6 +57,9 @@ class WanConfig:
     time_dim: int = 256
     norm_eps: float = 1e-6
     boundary: float | None = None
+    spans: bool = False
+    discriminator: bool = False
+    lora_rank: int = 0
 
     def __post_init__(self):
         if self.dim % (2 * self.heads):
@@ -119,9 +125,14 @@ class Wan(nnx.Module):
         if c.image_tokens:
             self.image_embedding = ImageEmbedding(c.image_dim, c.dim, dtype, rngs)
         self.time_embedding = MLP(c.time_dim, c.dim, c.dim, jnp.float32, rngs, activation=jax.nn.silu)
+        if c.spans:
+            self.span_embedding = MLP(c.time_dim, c.dim, c.dim, jnp.float32, rngs, activation=jax.nn.silu)
+            self.span_embedding.down.kernel[...] *= 0.0  # a teacher's network is unchanged
         self.time_projection = linear(c.dim, 6 * c.dim, jnp.float32, rngs)
         self.blocks = stack_blocks(lambda rngs: Block(config, dtype, rngs), c.layers, rngs)
         self.head = Head(c.dim, c.out_channels * patch_channels, c.norm_eps, rngs)
+        if c.discriminator:
+            self.discriminator = Discriminator(c.dim, c.norm_eps, rngs)
 
     def __call__(
         self,
@@ -131,13 +142,18 @@ class Wan(nnx.Module):
         *,
         condition_BTHWC: Float[Array, "b t h w m"] | None = None,
         image_BND: Float[Array, "b n i"] | None = None,
+        span_B: Float[Array, "b"] | None = None,
+        discriminate: bool = False,
         mode: Mode = "reverse",
-    ) -> Float[Array, "b t h w o"]:
+    ) -> Float[Array, "b t h w o"] | tuple[Float[Array, "b t h w o"], Float[Array, "b"]]:
         """Velocity, float32, of the latent `x_BTHWC` at network time `time` (1000 x RF time).
 
         Where frames have times of their own (TI2V, whose given first frame is at 0), `time` holds one for every frame
         or every token of a sample. `condition_BTHWC` (I2V: mask and latent) is concatenated after x, `image_BND` are
         the CLIP features that Wan2.1 I2V attends to. `mode` as in blocks.run_blocks.
+
+        With `span_B`, on the scale of `time`, it is the mean velocity over that much time before `time` (MeanFlow).
+        With `discriminate` it returns the velocity and the discriminator's logit (B,) for x.
 
         Raises ValueError for a latent that does not divide into patches, has other channels than the config or other
         times than one a sample, frame or token, and for image features that the network does not take or lacks.
@@ -148,6 +164,8 @@ class Wan(nnx.Module):
         x_BLD = self.patch_embedding(patches)
         time_BK = time_rows(time, math.prod(grid))
         time_BKD = self.time_embedding(sinusoids(time_BK, self.config.time_dim))
+        if span_B is not None:
+            time_BKD = time_BKD + self.span_embedding(sinusoids(span_B[:, None], self.config.time_dim))
         modulation_BK6D = rearrange(self.time_projection(jax.nn.silu(time_BKD)), "b k (n d) -> b k n d", n=6)
         context_BSD = self.embed_context(text_BSD, image_BND)
         graph, params = nnx.split(self.blocks)
@@ -158,15 +176,24 @@ class Wan(nnx.Module):
             rotary = rotary_table(grid, self.config.head_dim)
             return nnx.merge(graph, params)(x, modulation, context, rotary, attend)
 
-        x_BLD = run_blocks(
-            block, params, x_BLD, modulation_BK6D, context_BSD, mode=mode, remat=self.remat, ops=self.ops
-        )
+        def run(params: Any, x_BLD: jax.Array) -> jax.Array:
+            options: dict[str, Any] = {"mode": mode, "remat": self.remat, "ops": self.ops}
+            return run_blocks(block, params, x_BLD, modulation_BK6D, context_BSD, **options)
+
+        logit_B = None
+        if discriminate:
+            middle = self.config.layers // 2
+            x_BLD = run(jax.tree.map(lambda stacked: stacked[:middle], params), x_BLD)
+            params = jax.tree.map(lambda stacked: stacked[middle:], params)
+            logit_B = self.discriminator(x_BLD)
+        x_BLD = run(params, x_BLD)
         (t, h, w), (kt, kh, kw) = grid, self.config.patch
-        return rearrange(
+        velocity_BTHWC = rearrange(
             self.ops.place(self.head(x_BLD, time_BKD)),
             "b (t h w) (kt kh kw c) -> b (t kt) (h kh) (w kw) c",
             **dict(t=t, h=h, w=w, kt=kt, kh=kh, kw=kw),
         )
+        return velocity_BTHWC if logit_B is None else (velocity_BTHWC, logit_B)
 
     def embed_context(self, text_BSD: jax.Array, image_BND: jax.Array | None) -> jax.Array:
         """What cross-attention sees, (B, S, dim): the image's tokens, if the network takes any, then the caption's."""
@@ -192,7 +219,7 @@ class Block(nnx.Module):
         self.norm3 = layer_norm(c.dim, c.norm_eps, rngs, affine=True)
         self.cross_attn = ImageAttention(config, dtype, rngs) if c.image_tokens else Attention(config, dtype, rngs)
         self.norm2 = layer_norm(c.dim, c.norm_eps, rngs)
-        self.ffn = MLP(c.dim, c.ffn_dim, c.dim, dtype, rngs, activation=gelu_tanh)
+        self.ffn = MLP(c.dim, c.ffn_dim, c.dim, dtype, rngs, activation=gelu_tanh, lora_rank=c.lora_rank)
         self.dtype = dtype
 
     def __call__(
@@ -212,7 +239,8 @@ class Attention(nnx.Module):
     """Multi-head attention whose queries and keys are RMS-normalised over the full width, then rotated."""
 
     def __init__(self, config: WanConfig, dtype: Any, rngs: nnx.Rngs):
-        self.q, self.k, self.v, self.o = (linear(config.dim, config.dim, dtype, rngs) for _ in range(4))
+        size = (config.dim, config.dim, dtype, rngs)
+        self.q, self.k, self.v, self.o = (linear(*size, lora_rank=config.lora_rank) for _ in range(4))
         self.norm_q, self.norm_k = (rms_norm(config.dim, config.norm_eps, rngs) for _ in range(2))
         self.heads, self.dtype = config.heads, dtype
 
@@ -238,7 +266,8 @@ class ImageAttention(Attention):
 
     def __init__(self, config: WanConfig, dtype: Any, rngs: nnx.Rngs):
         super().__init__(config, dtype, rngs)
-        self.k_img, self.v_img = (linear(config.dim, config.dim, dtype, rngs) for _ in range(2))
+        size = (config.dim, config.dim, dtype, rngs)
+        self.k_img, self.v_img = (linear(*size, lora_rank=config.lora_rank) for _ in range(2))
         self.norm_k_img = rms_norm(config.dim, config.norm_eps, rngs)
         self.image_tokens = config.image_tokens
 
@@ -275,6 +304,17 @@ class Head(nnx.Module):
         rows_BKD = jnp.unstack(self.modulation[...][None, None] + time_BKD[:, :, None], axis=2)
         shift, scale = (spread(row, x_BLD.shape[1]) for row in rows_BKD)
         return self.head(self.norm(x_BLD) * (1 + scale) + shift)
+
+
+class Discriminator(nnx.Module):
+    """A logit of each sample from the features of its tokens: norm, linear, SiLU, linear, mean; float32."""
+
+    def __init__(self, dim: int, eps: float, rngs: nnx.Rngs):
+        self.norm = layer_norm(dim, eps, rngs)
+        self.mlp = MLP(dim, dim, 1, jnp.float32, rngs, activation=jax.nn.silu)
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        return self.mlp(self.norm(x_BLD)).mean(axis=(1, 2))
 
 
 def rotate(x_BLNH: jax.Array, rotary: Rotary) -> jax.Array:

@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from rcm_jax import sampling
-from rcm_jax.steps import guided
+from rcm_jax.methods import guided
 from rcm_jax.trigflow import rf_velocity
 
 SHAPE = (2, 3, 3, 4)
