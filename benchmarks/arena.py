@@ -41,6 +41,7 @@ from rcm_jax.state import Params, TrainState, create_optimizer, create_state, em
 from rcm_jax.steps import critic_step, student_step
 from rcm_jax.trigflow import NET_TIME_SCALE, rf_velocity
 
+COMMAND = "python -m benchmarks.arena --out=benchmarks/results/arena.json --figure=docs/arena.png"
 SECONDS = 10.0
 BATCH, WIDTH, LAYERS, FREQUENCIES = 512, 192, 3, 4
 START_UPDATES = 3000  # of the regression that every network starts from
@@ -312,7 +313,7 @@ def main() -> None:
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text())
     else:
-        results = {"command": "python -m benchmarks.arena", "seconds": SECONDS, "machine": describe_machine()}
+        results = {"command": COMMAND, "seconds": SECONDS, "machine": describe_machine()}
     for dim, guidance in SETTINGS:
         fill_setting(results, create_setting(dim, guidance), arguments)
     write_file(arguments.figure, draw_figure(results))
