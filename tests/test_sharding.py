@@ -1,5 +1,6 @@
 """Where a run's arrays lie: every leaf of the published models' states by exactly one rule, on eight devices."""
 
+import dataclasses
 import math
 import re
 from unittest import mock
@@ -67,6 +68,16 @@ def test_the_matrices_of_every_network_are_spread_over_eight_devices(sizes, pres
     params, mesh = create_published(PRESETS[preset]).abstract_params(), sharding.make_mesh(data=1, **sizes)
     for path, place in jax.tree.leaves_with_path(sharding.tree_shardings(params, mesh)):
         assert ("fsdp" in axes_of(place.spec)) == dotted(path).endswith(".kernel"), dotted(path)
+
+
+@pytest.mark.parametrize("sizes", SPLITS)
+def test_so_is_what_methods_add_to_a_network(sizes):
+    """Of a LoRA's two matrices the one of a device's heads and hidden channels is cut by `tensor` instead."""
+    config = dataclasses.replace(PRESETS["wan2.1-i2v-14b"], spans=True, discriminator=True, lora_rank=16)
+    params, mesh = create_published(config).abstract_params(), sharding.make_mesh(data=1, **sizes)
+    for path, place in jax.tree.leaves_with_path(sharding.tree_shardings(params, mesh)):
+        is_matrix = dotted(path).endswith((".kernel", ".lora_a", ".lora_b"))
+        assert bool(axes_of(place.spec)) == is_matrix, dotted(path)
 
 
 @pytest.mark.parametrize(("first", "then"), [("self_attn.q", "self_attn.o"), ("ffn.up", "ffn.down")])
