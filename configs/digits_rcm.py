@@ -23,6 +23,9 @@ def get_config() -> ConfigDict:
                 "dtype": "float32",
                 # What the backward pass recomputes: none, block, or attention (all but attention).
                 "remat": "none",
+                # How many of mesh.context's devices exchange heads for tokens; keys go round the others in a ring.
+                # 0: as many as the heads of a device divide into.
+                "ulysses": 0,
             },
             "teacher": {
                 "path": "rcm_jax/assets/digits_teacher.safetensors",

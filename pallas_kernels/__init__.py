@@ -1,5 +1,5 @@
 """Exact attention with a flash backward pass and a forward-mode tangent fused into the forward pass."""
 
-from pallas_kernels.attention import attention, attention_given
+from pallas_kernels.attention import BackEnd, attention, attention_given, choose_back_end
 
-__all__ = ["attention", "attention_given"]
+__all__ = ["BackEnd", "attention", "attention_given", "choose_back_end"]

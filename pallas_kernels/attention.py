@@ -1,6 +1,6 @@
 """Exact attention: checks, choice of back end, and differentiation rules.
 
-A back end is a module with three functions of arrays and a `scale`:
+A back end is a module, or another object that can be hashed, with three functions of arrays and a `scale`:
 
     forward(q, k, v) -> (out, lse)
     forward_with_tangent(q, k, v, tq, tk, tv) -> (out, lse, t_out, t_lse); a tangent of None is zero
@@ -13,7 +13,8 @@ kernel, itself a custom_vjp, so that `jax.grad` of the primal output of `jax.jvp
 
 import functools
 import math
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,18 @@ ERROR_TANGENT = (
 )
 
 
+@runtime_checkable
+class BackEnd(Protocol):
+    """What computes attention: three functions, as the module's docstring says."""
+
+    @property
+    def forward(self) -> Callable[..., Any]: ...
+    @property
+    def forward_with_tangent(self) -> Callable[..., Any]: ...
+    @property
+    def backward(self) -> Callable[..., Any]: ...
+
+
 # Plain `Array`: a wrong shape or dtype must meet the errors below, not a type checker's.
 def attention(
     q_BLNH: Array,
@@ -41,7 +54,7 @@ def attention(
     v_BSNH: Array,
     *,
     scale: float | None = None,
-    implementation: str = "auto",
+    implementation: str | BackEnd = "auto",
     mode: str = "reverse",
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -61,7 +74,7 @@ def attention(
       implementation: "auto" chooses by the default device, dtype and shape. Or one of: "mosaic_gpu" (NVIDIA Hopper;
         bfloat16, head dim up to 128), "cudnn" (NVIDIA GPUs; bfloat16 and float16, no tangent), "mosaic_tpu" (TPUs; no
         float64, head dim up to 256; on a mesh, inside `jax.shard_map`), "portable" (plain JAX, any device),
-        "reference" (quadratic memory, for tests).
+        "reference" (quadratic memory, for tests). Or a back end of the caller's own.
       mode: how the result may be differentiated. "reverse": `jax.grad`, `jax.vjp`; no `jax.jvp`. "forward": `jax.jvp`,
         and `jax.grad` of the primal output of `jax.jvp`; no other `jax.grad`. There the tangent is a constant: where
         it is differentiated after all, gradients are NaN.
@@ -76,7 +89,7 @@ def attention(
       NotImplementedError: an implementation asked for by name that does not serve the operands or the derivative.
     """
     _check_operands(q_BLNH, k_BSNH, v_BSNH)
-    static = _scale(scale, q_BLNH), _back_end(implementation, q_BLNH)
+    static = _scale(scale, q_BLNH), choose_back_end(implementation, q_BLNH)
     match mode:
         case "reverse":
             out, lse = _reverse(*static, *(reverse_only(x, ERROR_JVP) for x in (q_BLNH, k_BSNH, v_BSNH)))
@@ -95,7 +108,7 @@ def attention_given(
     lse_BNL: Array,
     *,
     scale: float | None = None,
-    implementation: str = "auto",
+    implementation: str | BackEnd = "auto",
 ) -> Array:
     """`out`, as it was given, with the gradient of attention.
 
@@ -117,7 +130,7 @@ def attention_given(
     batch, length, heads, _ = q_BLNH.shape
     _check_like("out", out_BLNH, q_BLNH.shape, q_BLNH.dtype)
     _check_like("lse", lse_BNL, (batch, heads, length), jnp.promote_types(q_BLNH.dtype, jnp.float32))
-    static = _scale(scale, q_BLNH), _back_end(implementation, q_BLNH)
+    static = _scale(scale, q_BLNH), choose_back_end(implementation, q_BLNH)
     operands = (reverse_only(x, "attention_given is for jax.grad and jax.vjp only") for x in (q_BLNH, k_BSNH, v_BSNH))
     return _given(*static, *operands, out_BLNH, lse_BNL)
 
@@ -146,8 +159,11 @@ def _scale(scale: float | None, q: Array) -> float:
     return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
 
 
-def _back_end(implementation: str, q: Array) -> ModuleType:
+def choose_back_end(implementation: str | BackEnd, q: Array) -> BackEnd:
+    """The back end that `attention` takes for an `implementation` and queries; its errors are those of `attention`."""
     match implementation:
+        case BackEnd():
+            return implementation
         case "auto":
             return _best(q)
         case "mosaic_gpu":
@@ -165,7 +181,7 @@ def _back_end(implementation: str, q: Array) -> ModuleType:
             raise ValueError(f"{implementation=} must be {names}")
 
 
-def _best(q: Array) -> ModuleType:
+def _best(q: Array) -> BackEnd:
     match _architecture():
         case "hopper":
             return hopper
@@ -185,7 +201,7 @@ def _architecture() -> str:
     return device.platform
 
 
-def _served(implementation: str, back_end: ModuleType, q: Array) -> ModuleType:
+def _served(implementation: str, back_end: Any, q: Array) -> BackEnd:
     """The back end. Raises NotImplementedError if it does not serve such queries."""
     if serves(back_end, q):
         return back_end

@@ -98,7 +98,7 @@ def _attend_blocks(attend, queries, keys) -> tuple[Array, ...]:
     def attend_queries(_, queries):
         def attend_keys(rows, keys):
             more = attend(*queries, *keys)
-            return more if rows is None else _merge(rows, more), None
+            return more if rows is None else merge(rows, more), None
 
         rows, _ = _scan_blocks(attend_keys, keys)
         return None, rows
@@ -141,8 +141,11 @@ def _softmax(s):
     return p, total, maximum + jnp.log(total)
 
 
-def _merge(a, b):
-    """Attention over the keys of both: a mean of the two, with the tangent of its weights."""
+def merge(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Attention over the keys of both: a mean of the two, with the tangent of its weights.
+
+    Each is (out, lse) or (out, lse, t_out, t_lse) of the same queries, heads before rows.
+    """
     (out_a, lse_a, *tangents_a), (out_b, lse_b, *tangents_b) = a, b
     lse = jnp.logaddexp(lse_a, lse_b)
     weight_a, weight_b = jnp.exp(lse_a - lse), jnp.exp(lse_b - lse)

@@ -242,6 +242,7 @@ _RULES: dict[str, Rule] = {
     "deterministic": _SWITCH,
     "model.preset": _TEXT,
     "model.dtype": (lambda value: value in ("float32", "bfloat16"), "float32 or bfloat16"),
+    "model.ulysses": _COUNT,
     "teacher.path": _OPTIONAL_TEXT,
     "teacher.negative_path": _OPTIONAL_TEXT,
     "teacher.caption_dropout": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),

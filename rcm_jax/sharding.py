@@ -12,24 +12,36 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import pallas_kernels
 from rcm_jax.config import UserError
+from rcm_jax.context_parallel import Ring, Ulysses
+from rcm_jax.models.blocks import GATHERED, BlockOps
 
 AXES = ("data", "fsdp", "context", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))
+BATCH = ("data", "fsdp")
+
+SHARED = ("fsdp", "tensor")  # parameters outside the blocks, which every device computes with, are cut by both
 
 # (pattern of a parameter's dotted path, how its axes lie). Every leaf must match exactly one.
 RULES = (
-    (r"blocks\.(self_attn|cross_attn|ffn|modulation_\w+)\.\w+\.kernel", PartitionSpec(None, "fsdp", None)),
+    # Columns of a device's heads and hidden channels, then the rows that take them (Megatron-LM, arXiv 1909.08053).
+    (r"blocks\.((self|cross)_attn\.(q|k|v|k_img|v_img)|ffn\.up)\.kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"blocks\.((self|cross)_attn\.o|ffn\.down)\.kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"blocks\.modulation_\w+\.\w+\.kernel", PartitionSpec(None, "fsdp", None)),
     (r"blocks\.(self_attn|cross_attn|ffn)\.\w+\.(bias|scale)", PartitionSpec()),
     (r"blocks\.norm3\.(bias|scale)", PartitionSpec()),
-    (r"patch_embedding\.kernel", PartitionSpec(None, "fsdp")),  # its rows are few and seldom a multiple of 8
-    (r"((text|time)_embedding|image_embedding\.mlp|head\.modulation)\.\w+\.kernel", PartitionSpec("fsdp", None)),
+    # The rows of these are few, and seldom a multiple of 8.
+    (r"(patch_embedding|(text|time)_embedding\.up|image_embedding\.mlp\.up)\.kernel", PartitionSpec(None, SHARED)),
+    (r"((text|time)_embedding|image_embedding\.mlp)\.down\.kernel", PartitionSpec(SHARED, None)),
+    (r"(time_projection|head\.head|head\.modulation\.\w+)\.kernel", PartitionSpec(SHARED, None)),
     (r"((text|time)_embedding|image_embedding\.mlp)\.\w+\.bias", PartitionSpec()),
-    (r"(time_projection|head\.head)\.kernel", PartitionSpec("fsdp", None)),
     (r"(patch_embedding|time_projection|head\.head)\.bias", PartitionSpec()),
     (r"(image_embedding\.norm_(in|out)|time_norm)\.(bias|scale)", PartitionSpec()),
     (r"(blocks|head)\.modulation", PartitionSpec()),
@@ -72,7 +84,7 @@ def _arrange(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
 
 def batch_parts(mesh: Mesh) -> int:
     """How many parts a batch is cut into: devices that differ in `context` or `tensor` alone share theirs."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -82,21 +94,130 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of an array whose leading axis is the batch."""
-    return NamedSharding(mesh, BATCH)
+    return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def split_over_batch(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`function` of arrays whose leading axis is the batch, each device of the mesh taking its part of it.
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): of `count` equal stretches of a batch this process' devices hold the rows of the index-th.
 
-    For kernels, which XLA cannot split. Where the batch does not divide, every device takes it whole.
+    Processes that hold the same rows have the same index. It is (0, 1), the whole batch, where processes hold others'
+    rows in part.
+    """
+    parts = batch_parts(mesh)
+    rows = {process: set() for process in sorted({device.process_index for device in mesh.devices.flat})}
+    for device, (index,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
+        rows[device.process_index].update(range(*index.indices(parts)))
+    stretches = sorted({tuple(sorted(held)) for held in rows.values()})
+    if sum(stretches, ()) != tuple(range(parts)) or len({len(stretch) for stretch in stretches}) > 1:
+        return 0, 1
+    return stretches.index(tuple(sorted(rows[jax.process_index()]))), len(stretches)
+
+
+def block_ops(mesh: Mesh, heads: int, ulysses: int = 0) -> BlockOps:
+    """Blocks of so many heads over the mesh: kernels, which XLA cannot split, and what it should not choose itself.
+
+    Tokens, batch and heads that do not divide evenly are no concern of the caller's. `ulysses` of the context axis'
+    devices exchange heads for tokens, the largest number possible if it is 0; keys go round the others in a ring.
+
+    Raises UserError for heads that the tensor axis, or a `ulysses` that the context axis or the heads do not divide by.
+    """
+    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+    if heads % tensor:
+        raise UserError(f"mesh.tensor={tensor} must divide the {heads} heads of the network: lower it")
+    ulysses = ulysses or math.gcd(heads // tensor, context)
+    if context % ulysses or heads // tensor % ulysses:
+        raise UserError(
+            f"model.ulysses={ulysses} must divide mesh.context={context} and the {heads // tensor} heads of a device: "
+            "set it to 0"
+        )
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, return_lse: bool = False, **options: Any) -> Any:
+        split = functools.partial(pallas_kernels.attention, return_lse=True, **options)
+        results = _split_attention(split, mesh, ulysses, q, k, v)
+        return results if return_lse else results[0]
+
+    def given(q: jax.Array, k: jax.Array, v: jax.Array, out: jax.Array, lse: jax.Array) -> jax.Array:
+        return _split_attention(pallas_kernels.attention_given, mesh, ulysses, q, k, v, out, lse)
+
+    def place(x_BLD: jax.Array) -> jax.Array:
+        spec = PartitionSpec(_batch_axes(mesh, len(x_BLD)), "context", None)
+        return lax.with_sharding_constraint(x_BLD, NamedSharding(mesh, spec))
+
+    return BlockOps(attention, given, place, functools.partial(_gather, mesh))
+
+
+def _split_attention(function: Callable[..., Any], mesh: Mesh, ulysses: int, q, k, v, *kept: jax.Array) -> Any:
+    """`function` on each device's part of the batch, tokens and heads.
+
+    As many keys as queries are taken for those of the same tokens, and lie with them; fewer or more, such as captions',
+    are whole on every device that needs them. Either is right for any keys, and these are the cheaper ones.
+    """
+    batch, tokens, context = _batch_axes(mesh, len(q)), q.shape[1], mesh.shape["context"]
+    part = -(-tokens // context)
+    rows, statistic = PartitionSpec(batch, "context", "tensor"), PartitionSpec(batch, "tensor", "context")
+    keys, options = PartitionSpec(batch, None, "tensor"), {}
+    if k.shape[1] == tokens and context > 1:
+        last = tokens - part * (context - ulysses)
+        if last < 1:
+            raise UserError(f"{tokens} tokens leave devices of mesh.context={context} without any: lower it")
+        ring = Ring("context", context, ulysses, last, pallas_kernels.choose_back_end("auto", q))
+        keys, options = rows, {"implementation": Ulysses("context", context, ulysses, ring)}
+        k, v = _pad_tokens(k, part * context), _pad_tokens(v, part * context)
+    split = jax.shard_map(
+        functools.partial(function, **options),
+        mesh=mesh,
+        in_specs=(rows, keys, keys, *(rows, statistic)[: len(kept)]),
+        out_specs=rows if kept else (rows, statistic),
+        check_vma=False,
+    )
+    padded = (_pad_tokens(x, part * context) for x in (q, *kept))
+    results = split(next(padded), k, v, *padded)
+    return jax.tree.map(lambda x: x[:, :tokens] if x.ndim == 4 else x[:, :, :tokens], results)
+
+
+def _pad_tokens(x: jax.Array, tokens: int) -> jax.Array:
+    """Zeros behind the tokens of (B, L, N, H), or of row statistics (B, N, L), up to a number of them."""
+    axis = 1 if x.ndim == 4 else 2
+    return jnp.pad(x, [(0, tokens - size if i == axis else 0) for i, size in enumerate(x.shape)])
+
+
+def _batch_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
+    """Those that cut a batch of so many rows; none where it does not divide, and every device takes it whole."""
+    return BATCH if rows % batch_parts(mesh) == 0 else None
+
+
+def _gather(mesh: Mesh, params: Any) -> Any:
+    """One block's parameters from all devices of the fsdp axis, each of which gets its part of the gradient.
+
+    Said to XLA, which else moves activations instead, or sums weights up from parts.
     """
 
-    def run(*arrays: jax.Array, **options: Any) -> Any:
-        spec = BATCH if len(arrays[0]) % batch_parts(mesh) == 0 else PartitionSpec()
-        split = functools.partial(function, **options)
-        return jax.shard_map(split, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+    def gather(path: Any, leaf: jax.Array) -> jax.Array:
+        cut = _match(f"blocks.{_dotted(path)}")[1:]  # of one block: without the axis of the stack
+        whole = [None if axis == "fsdp" else axis for axis in cut]
+        return checkpoint_name(_move(mesh, PartitionSpec(*cut), PartitionSpec(*whole), leaf), GATHERED)
 
-    return run
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+def _move_value(mesh: Mesh, home: PartitionSpec, away: PartitionSpec, x: jax.Array) -> jax.Array:
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, away))
+
+
+_move = jax.custom_vjp(_move_value, nondiff_argnums=(0, 1, 2))
+_move.defvjp(
+    lambda *arguments: (_move_value(*arguments), None),
+    lambda mesh, home, away, _, gradient: (lax.with_sharding_constraint(gradient, NamedSharding(mesh, home)),),
+)
+
+
+def place_params(tree: Any, mesh: Mesh) -> Any:
+    """A pytree of parameters, whole in this process' memory, on the devices of the mesh."""
+    return jax.tree.map(
+        lambda leaf, at: jax.make_array_from_callback(leaf.shape, at, lambda index: leaf[index]),
+        tree,
+        tree_shardings(tree, mesh),
+    )
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -111,14 +232,21 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 def _leaf_sharding(path: str, leaf: Any, mesh: Mesh) -> NamedSharding:
     if leaf.ndim == 0:
         return replicated(mesh)
+    spec = _match(path)
+    for size, axes in zip(leaf.shape, spec, strict=False):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if size % parts:
+            names = " * ".join(f"mesh.{axis}" for axis in axes)
+            raise UserError(f"{path} is cut along {size}, not a multiple of {names} = {parts}: lower it")
+    return NamedSharding(mesh, spec)
+
+
+def _match(path: str) -> PartitionSpec:
     matches = [spec for pattern, spec in RULES if re.search(rf"(^|\.){pattern}$", path)]
     if len(matches) != 1:
         raise ValueError(f"{path} matches {len(matches)} rules of sharding.RULES: it must match exactly one")
-    sharding = NamedSharding(mesh, matches[0])
-    for size, axis in zip(leaf.shape, matches[0], strict=False):
-        if axis is not None and size % mesh.shape[axis]:
-            raise UserError(f"{path} is cut along {size}, not a multiple of mesh.{axis}={mesh.shape[axis]}: lower it")
-    return sharding
+    return matches[0]
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

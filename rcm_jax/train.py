@@ -22,7 +22,7 @@ from rcm_jax.data import digits, pipeline, text
 from rcm_jax.generation import Sampler, student_sampler
 from rcm_jax.guard import Guard, Trouble
 from rcm_jax.lifetime import termination_notice, watchdog
-from rcm_jax.models.blocks import WHOLE, AttentionOps, Remat
+from rcm_jax.models.blocks import WHOLE, Remat
 from rcm_jax.models.functional import Network, functional
 from rcm_jax.models.wan import PRESETS, Wan
 from rcm_jax.records import RunRecords, warn, write_run_info
@@ -70,12 +70,13 @@ def _train(
         source = pipeline.InMemory(source)
     first = pipeline.first_sound(source)
     latent_shape, text_shape = first["latent"].shape, first["text"].shape
+    share, shares = sharding.batch_share(mesh)
     batches = pipeline.make_loader(
         source,
         batch_size=config.data.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share,
+        process_count=shares,
     )
 
     network = create_network(config, mesh)
@@ -115,7 +116,7 @@ def _train(
         )
         batch = next(batches)
         report_bad_records(batch, bad_records)
-        batch = to_mesh(batch, mesh)
+        batch = to_mesh(batch, mesh, config.data.batch_size)
         state, metrics = take_step(state, batch, phase)
         window.append(metrics)
         iteration += 1
@@ -173,9 +174,9 @@ def keep_batch(trouble: Trouble, workdir: Path) -> None:
 
 
 def create_network(config: ConfigDict, mesh: Mesh | None = None) -> Network:
-    """The network of the config's preset, as pure functions, its attention split over the mesh, if there is one.
+    """The network of the config's preset, as pure functions, its blocks split over the mesh, if there is one.
 
-    Raises UserError for an unknown preset or remat policy.
+    Raises UserError for an unknown preset or remat policy, or a mesh that does not divide the heads.
     """
     if config.model.preset not in PRESETS:
         raise UserError(f"model.preset={config.model.preset!r} must be one of {', '.join(PRESETS)}")
@@ -183,7 +184,7 @@ def create_network(config: ConfigDict, mesh: Mesh | None = None) -> Network:
         raise UserError(f"model.remat={config.model.remat!r} must be one of {', '.join(get_args(Remat))}")
     preset, dtype, ops = PRESETS[config.model.preset], jnp.dtype(config.model.dtype), WHOLE
     if mesh is not None and mesh.size > 1:
-        ops = AttentionOps(*(sharding.split_over_batch(op, mesh) for op in WHOLE))
+        ops = sharding.block_ops(mesh, preset.heads, ulysses=config.model.ulysses)
     return functional(lambda rngs: Wan(preset, dtype=dtype, remat=config.model.remat, ops=ops, rngs=rngs))
 
 
@@ -257,7 +258,7 @@ def init_state(config: ConfigDict, network: Network, optimizers: Optimizers, mes
     if not needs(parse_stages(config.stages), "flow_matching"):
         if not config.teacher.path:
             raise UserError("teacher.path is empty: give the checkpoint of the model to distil")
-        teacher = load_params(config.teacher.path, network)
+        teacher = sharding.place_params(load_params(config.teacher.path, network), mesh)
     abstract = abstract_state(config, network, optimizers, mesh)
     init = functools.partial(create_initial_state, config, network, optimizers)
     return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(teacher)
@@ -338,10 +339,13 @@ def compile_steps(
     return take_step
 
 
-def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process' rows of a batch as global arrays; texts stay behind."""
+def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh, rows: int) -> dict[str, jax.Array]:
+    """This process' share of a batch of so many rows as global arrays; texts stay behind."""
     place = sharding.batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(place, batch[name]) for name in ("latent", "text", "fault")}
+    return {
+        name: jax.make_array_from_process_local_data(place, batch[name], (rows, *batch[name].shape[1:]))
+        for name in ("latent", "text", "fault")
+    }
 
 
 def window_means(window: list[dict[str, Any]]) -> dict[str, float]:

@@ -28,14 +28,23 @@ Remat = Literal["none", "block", "attention"]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-class AttentionOps(NamedTuple):
-    """The two operations of pallas_kernels, or the same split over a mesh."""
+class BlockOps(NamedTuple):
+    """What a mesh changes about blocks; by default nothing.
+
+    Attributes:
+        attention, given: `attention` and `attention_given` of pallas_kernels, or the same on parts of their arguments.
+        place: (x_BLD) -> x_BLD, which says where activations lie between blocks.
+        gather: (params) -> params, which brings the parameters of one block together where they are computed with.
+    """
 
     attention: Callable[..., Any] = pallas_kernels.attention
     given: Callable[..., jax.Array] = pallas_kernels.attention_given
+    place: Callable[[jax.Array], jax.Array] = lambda x_BLD: x_BLD
+    gather: Callable[[Any], Any] = lambda params: params
 
 
-WHOLE = AttentionOps()
+WHOLE = BlockOps()
+GATHERED = "gathered_params"  # checkpoint name of what `gather` returns: gathered again in the backward pass, not kept
 
 ERROR_GRAD = (
     "mode='forward' pushes tangents of the latent and the time only; for a gradient outside jax.jvp, or with respect to"
@@ -57,7 +66,7 @@ def run_blocks(
     *,
     mode: Mode,
     remat: Remat,
-    ops: AttentionOps,
+    ops: BlockOps,
 ) -> jax.Array:
     """Applies the blocks whose parameters are stacked along the leading axis of every leaf of `params`.
 
@@ -74,14 +83,15 @@ def run_blocks(
 
 def _scan_blocks(block, params, x, modulation, text, remat, ops):
     def step(x, layer_params):
-        return block(layer_params, x, modulation, text, ops.attention), None
+        return ops.place(block(ops.gather(layer_params), x, modulation, text, ops.attention)), None
 
-    return lax.scan(_checkpoint(step, remat), x, params)[0]
+    return lax.scan(_checkpoint(step, remat), ops.place(x), params)[0]
 
 
 def _checkpoint(step, remat):
     if remat == "none":
-        return step
+        keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        return jax.checkpoint(step, prevent_cse=False, policy=keep)
     if remat == "block":
         return jax.checkpoint(step, prevent_cse=False)
     if remat == "attention":
@@ -115,11 +125,11 @@ def _forward_mode(block, ops):
     def stack_with_tangent_fwd(params, x, x_t, modulation, modulation_t, text):
         def step(carry, layer_params):
             x, x_t = carry
-            f = _recording(block, layer_params, text, ops)
+            f = _recording(block, ops.gather(layer_params), text, ops)
             y, y_t, kept = jax.jvp(f, (x, modulation), (x_t, modulation_t), has_aux=True)
             return (y, y_t), (x, kept)
 
-        out, kept = lax.scan(step, (x, x_t), params)
+        out, kept = lax.scan(step, (ops.place(x), ops.place(x_t)), params)
         return out, (params, modulation, text, kept)
 
     def stack_with_tangent_bwd(residuals, cotangents):
@@ -152,7 +162,7 @@ def _recording(block, params, text, ops):
             kept.append((out, lse))
             return out
 
-        y = block(params, x, modulation, text, attend)
+        y = ops.place(block(params, x, modulation, text, attend))
         return y, tuple(kept)
 
     return f
@@ -163,7 +173,8 @@ def _replaying(block, attention, ops):
 
     def f(params, x, modulation, text):
         given = iter(attention)
-        return block(params, x, modulation, text, lambda q, k, v: ops.given(q, k, v, *next(given)))
+        attend = lambda q, k, v: ops.given(q, k, v, *next(given))  # noqa: E731
+        return ops.place(block(ops.gather(params), x, modulation, text, attend))
 
     return f
 

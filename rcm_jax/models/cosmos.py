@@ -19,7 +19,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rcm_jax.models.blocks import WHOLE, Attend, AttentionOps, Mode, Remat, run_blocks
+from rcm_jax.models.blocks import WHOLE, Attend, BlockOps, Mode, Remat, run_blocks
 from rcm_jax.models.layers import (
     MLP,
     Rotary,
@@ -106,7 +106,7 @@ class Cosmos(nnx.Module):
         *,
         dtype: Any = jnp.float32,
         remat: Remat = "none",
-        ops: AttentionOps = WHOLE,
+        ops: BlockOps = WHOLE,
         rngs: nnx.Rngs,
     ):
         c = config

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rcm_jax.models import cosmos, wan
-from rcm_jax.models.blocks import WHOLE, AttentionOps, Remat
+from rcm_jax.models.blocks import WHOLE, BlockOps, Remat
 from rcm_jax.models.functional import Network, functional
 
 Config = wan.WanConfig | cosmos.CosmosConfig
@@ -15,7 +15,7 @@ PRESETS: dict[str, Config] = wan.PRESETS | cosmos.PRESETS
 
 
 def create_network(
-    config: Config, *, dtype: Any = jnp.float32, remat: Remat = "none", ops: AttentionOps = WHOLE
+    config: Config, *, dtype: Any = jnp.float32, remat: Remat = "none", ops: BlockOps = WHOLE
 ) -> Network:
     """The network of a config, as pure functions. `dtype` is that of matrix products; parameters are float32."""
 

@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rcm_jax.models.blocks import WHOLE, Attend, AttentionOps, Mode, Remat, run_blocks
+from rcm_jax.models.blocks import WHOLE, Attend, BlockOps, Mode, Remat, run_blocks
 from rcm_jax.models.layers import (
     MLP,
     Rotary,
@@ -105,7 +105,7 @@ class Wan(nnx.Module):
         *,
         dtype: Any = jnp.float32,
         remat: Remat = "none",
-        ops: AttentionOps = WHOLE,
+        ops: BlockOps = WHOLE,
         rngs: nnx.Rngs,
     ):
         c = config
