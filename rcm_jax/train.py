@@ -58,12 +58,7 @@ def _train(
     stages = parse_stages(config.stages)
     total = total_iterations(stages)
     mesh = sharding.make_mesh(**config.mesh)
-    parts = sharding.batch_parts(mesh)
-    if config.data.batch_size % parts:
-        raise UserError(
-            f"data.batch_size={config.data.batch_size} must be a multiple of mesh.data * mesh.fsdp = {parts}: "
-            f"set it to {-(-config.data.batch_size // parts) * parts}"
-        )
+    check_batch_size(config, mesh)
 
     source = pipeline.open_source(config.data.name, config.data.dir, "train")
     if config.data.in_memory:
@@ -145,6 +140,16 @@ def _train(
     checkpoints.close()
     records.close()
     return state
+
+
+def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError for a batch that the mesh cannot share out."""
+    parts = sharding.batch_parts(mesh)
+    if config.data.batch_size % parts:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} must be a multiple of mesh.data * mesh.fsdp = {parts}: "
+            f"set it to {-(-config.data.batch_size // parts) * parts}"
+        )
 
 
 def create_guard(config: ConfigDict, skipped: int) -> Guard:
