@@ -18,7 +18,7 @@ source "$(dirname "$0")/options.sh"
 restarts=100 logs=logs dry_run=''
 read_options "restarts logs dry-run" "$@"
 
-[ -x .venv/bin/python ] || run launch/install.sh cuda13
+command -v "${PYTHON:-.venv/bin/python}" >/dev/null || run launch/install.sh cuda13
 run mkdir -p "$logs"
 # JAX would give a process under SLURM one GPU. The job's code is the highest of the nodes': a task that SLURM killed
 # would hide the reason, so the others are left to end by themselves, as they do.

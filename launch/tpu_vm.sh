@@ -55,10 +55,10 @@ acquire() {
     done
 }
 
-# Copies the files that git knows to all hosts and installs what they need.
+# Copies what a run needs of the repository to all hosts, and installs.
 install() {
-    [ -n "$dry_run" ] || git ls-files -z | tar --null --files-from=- -czf "$logs/rcm_jax.tgz" || return
-    run gcloud compute tpus tpu-vm scp "$logs/rcm_jax.tgz" "$name:" --zone="$zone" --worker=all &&
+    run tar -czf "$logs/rcm_jax.tgz" configs launch pallas_kernels rcm_jax requirements.txt &&
+        run gcloud compute tpus tpu-vm scp "$logs/rcm_jax.tgz" "$name:" --zone="$zone" --worker=all &&
         on_all_hosts --command="mkdir -p rcm_jax && tar -xzf rcm_jax.tgz -C rcm_jax && rcm_jax/launch/install.sh tpu"
 }
 

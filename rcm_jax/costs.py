@@ -118,7 +118,9 @@ def _group_size(line: str) -> int:
 
 
 def _callees(line: str) -> Iterator[str]:
-    for names in re.findall(r"(?:body|calls|to_apply|branch_computations|\w+_computation)=\{?(%[^\s},]+(?:, ?%[^\s},]+)*)", line):
+    for names in re.findall(
+        r"(?:body|calls|to_apply|branch_computations|\w+_computation)=\{?(%[^\s},]+(?:, ?%[^\s},]+)*)", line
+    ):
         yield from re.findall(r"%([\w.-]+)", names)
 
 

@@ -49,9 +49,7 @@ def lower_step(config: ConfigDict, mesh: Mesh, latent_shape: tuple[int, ...], ph
         return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch, negative)
 
 
-def compile_steps(
-    config: ConfigDict, devices: Sequence[Any], latent_size: Sequence[int]
-) -> Iterator[dict[str, Any]]:
+def compile_steps(config: ConfigDict, devices: Sequence[Any], latent_size: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Compiles each kind of step of a run, all at once; yields what `measure` says of it as soon as it is known.
 
     `latent_size` is (T, H, W).

@@ -1,7 +1,11 @@
 """Several processes of one run, sharded over all: they end together, and any number of them can go on."""
 
+import functools
+import os
 import signal
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -63,6 +67,34 @@ def test_two_processes_end_together_and_one_goes_on_alone(on_two_devices, make_r
     process = run.start(*SHARDED, environment=TWO_DEVICES)
     assert process.wait() == 0, process.output
     run.assert_ends_as(on_two_devices)
+
+
+def test_a_host_ends_all_its_processes_when_one_dies_and_starts_them_again(on_two_devices, make_run, tmp_path):
+    """SIGTERM to the script: all save and end. Started again, one is killed; then the run goes on by itself."""
+    run = make_run("host")
+    script = ("launch/host.sh", "--processes=2", f"--logs={tmp_path}", "--")
+    start = functools.partial(run.start, *SHARDED, program=script, environment={"PYTHON": sys.executable})
+    host = start()
+    host.wait_until(lambda: 10 in run.saved())
+    host.send_signal(signal.SIGTERM)
+    assert host.wait() == 1, host.output
+    assert host.output.count(f"saved iteration {run.saved()[-1]}, the same command continues") == 2
+
+    ended_at = run.saved()[-1]
+    host = start()
+    host.wait_until(lambda: f"iter {ended_at + 1:2}/40" in host.output)
+    (victim, _) = children(host.pid)
+    os.kill(victim, signal.SIGKILL)
+    assert host.wait() == 0, host.output
+    assert host.output.count("start 1 of 20 ended early, the next one continues") == 1
+    run.assert_ends_as(on_two_devices)
+    assert [path.name.endswith(f".{i}.log") for i, path in enumerate(sorted(tmp_path.iterdir()))] == [True, True]
+
+
+def children(pid: int) -> list[int]:
+    """The processes of `launch.train` that a process started."""
+    processes = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
+    return [int(line.split()[0]) for line in processes.stdout.splitlines() if "launch.train" in line]
 
 
 def test_another_mesh_changes_no_more_than_rounding(on_two_devices, undisturbed):
