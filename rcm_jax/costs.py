@@ -112,7 +112,7 @@ def _group_size(line: str) -> int:
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(iota[1])
-    mesh, axes = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line).groups()
+    mesh, axes = re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", line).groups()
     sizes = dict(re.findall(r"('\w+')=(\d+)", mesh))
     return math.prod(int(sizes[axis]) for axis in axes.split(","))
 

@@ -53,7 +53,7 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over `devices`, by default all of all processes; -1 takes the devices that are left.
 
-    Raises UserError if the sizes do not multiply to the number of devices or cannot share out their slices.
+    Raises UserError if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     count, sizes = len(devices), (data, fsdp, context, tensor)
@@ -68,16 +68,13 @@ def make_mesh(
 
 
 def _arrange(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
-    """The devices as an array of shape `sizes`, neighbours along the last axes, slices along the first."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
+    """The devices as an array of shape `sizes`: neighbours along the last axes, slices along the first they divide."""
+    left, across = len({getattr(device, "slice_index", 0) for device in devices}), []
+    if left == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    across, left = [], slices
     for size in sizes:
         across.append(math.gcd(size, left))
         left //= across[-1]
-    if left > 1:
-        raise UserError(f"mesh of {sizes} devices does not cut {slices} slices apart: set mesh.data={slices}")
     inside = [size // part for size, part in zip(sizes, across, strict=True)]
     return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 

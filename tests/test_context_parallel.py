@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import pallas_kernels
 from rcm_jax import sharding
-from rcm_jax.config import UserError
 from rcm_jax.models.blocks import WHOLE
 
 BATCH, HEADS, DIM = 2, 4, 8

@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
 from configs import digits_rcm, wan2_1_t2v_1_3b, wan2_1_t2v_14b
 from rcm_jax import sharding
+from rcm_jax.config import UserError
 from rcm_jax.models.presets import PRESETS
 from rcm_jax.models.presets import create_network as create_published
 from rcm_jax.train import create_initial_state, create_network, create_optimizers
 
+SPLITS = [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2}]
 RECIPES = {"digits": digits_rcm, "wan2.1-t2v-1.3b": wan2_1_t2v_1_3b, "wan2.1-t2v-14b": wan2_1_t2v_14b}
 
 
@@ -32,9 +36,15 @@ def dotted(path):
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def axes_of(spec):
+    """Names of the mesh axes that cut an array."""
+    return {name for axes in spec if axes for name in ((axes,) if isinstance(axes, str) else axes)}
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_array_of_a_state_matches_one_rule_and_is_spread_evenly(name):
-    state, mesh = abstract_state(name), sharding.make_mesh(data=1, fsdp=8)
+@pytest.mark.parametrize("sizes", SPLITS)
+def test_every_array_of_a_state_matches_one_rule_and_is_spread_evenly(sizes, name):
+    state, mesh = abstract_state(name), sharding.make_mesh(data=1, **sizes)
     shardings = dict(jax.tree.leaves_with_path(sharding.tree_shardings(state, mesh)))
     whole = spread = 0
     for path, leaf in jax.tree.leaves_with_path(state):
@@ -42,7 +52,7 @@ def test_every_array_of_a_state_matches_one_rule_and_is_spread_evenly(name):
         assert len(matches) == (leaf.ndim > 0), dotted(path)
         assert shardings[path].spec == (matches[0] if matches else P())
         is_kernel = path[-1] == jax.tree_util.DictKey("kernel")
-        assert ("fsdp" in shardings[path].spec) == is_kernel, dotted(path)
+        assert axes_of(shardings[path].spec) == ({"fsdp", "tensor"} if is_kernel else set()), dotted(path)
         whole += leaf.size
         spread += math.prod(shardings[path].shard_shape(leaf.shape))
     # Student, EMA, second moment, teacher, fake score and its second moment; what stays whole is small.
@@ -51,32 +61,38 @@ def test_every_array_of_a_state_matches_one_rule_and_is_spread_evenly(name):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_matrices_of_every_network_are_spread_over_eight_devices(preset):
-    params, mesh = create_published(PRESETS[preset]).abstract_params(), sharding.make_mesh(data=1, fsdp=8)
+@pytest.mark.parametrize("sizes", SPLITS)
+def test_the_matrices_of_every_network_are_spread_over_eight_devices(sizes, preset):
+    params, mesh = create_published(PRESETS[preset]).abstract_params(), sharding.make_mesh(data=1, **sizes)
     for path, place in jax.tree.leaves_with_path(sharding.tree_shardings(params, mesh)):
-        assert ("fsdp" in place.spec) == dotted(path).endswith(".kernel"), dotted(path)
+        assert ("fsdp" in axes_of(place.spec)) == dotted(path).endswith(".kernel"), dotted(path)
+
+
+@pytest.mark.parametrize(("first", "then"), [("self_attn.q", "self_attn.o"), ("ffn.up", "ffn.down")])
+def test_what_a_matrix_computes_on_a_device_the_next_one_takes_there(first, then):
+    first, then = (spec_of(f"blocks.{name}.kernel", 3) for name in (first, then))
+    assert first[2] == then[1] == "tensor"
+    assert first[1] == then[2] == "fsdp"
+
+
+def spec_of(path, axes):
+    tree = traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct(axes * (8,), jnp.float32)}, sep=".")
+    return jax.tree.leaves(sharding.tree_shardings(tree, sharding.make_mesh(data=1, fsdp=8)))[0].spec
 
 
 @pytest.mark.parametrize(
-    ("path", "matches"),
+    ("path", "axes"),
     [
-        (("blocks", "self_attn", "gate", "kernel"), 1),
-        (("blocks", "new_attn", "q", "kernel"), 0),
-        (("head", "kernel"), 0),
-        (("blocks", "norm9", "scale"), 0),
-        (("lora", "a"), 0),
+        ("blocks.self_attn.gate.kernel", 3),
+        ("blocks.new_attn.q.kernel", 3),
+        ("head.kernel", 2),
+        ("blocks.norm9.scale", 2),
+        ("lora.a", 2),
     ],
 )
-def test_a_leaf_without_a_rule_is_an_error(path, matches):
-    tree = jax.ShapeDtypeStruct((2, 8, 8) if "kernel" in path else (8,), jnp.float32)
-    for name in reversed(path):
-        tree = {name: tree}
-    mesh = sharding.make_mesh(data=1, fsdp=8)
-    if matches:
-        assert jax.tree.leaves(sharding.tree_shardings(tree, mesh))[0].spec == P(None, "fsdp", None)
-        return
-    with pytest.raises(ValueError, match=re.escape(f"{'.'.join(path)} matches 0 rules of sharding.RULES")):
-        sharding.tree_shardings(tree, mesh)
+def test_a_leaf_without_a_rule_is_an_error(path, axes):
+    with pytest.raises(ValueError, match=re.escape(f"{path} matches 0 rules of sharding.RULES")):
+        spec_of(path, axes)
 
 
 def test_a_leaf_with_two_rules_is_an_error(monkeypatch):
@@ -86,11 +102,21 @@ def test_a_leaf_with_two_rules_is_an_error(monkeypatch):
         sharding.tree_shardings(tree, sharding.make_mesh())
 
 
-def test_rows_that_do_not_divide_are_an_error():
-    tree = {"student": {"head": {"head": {"kernel": jax.ShapeDtypeStruct((12, 48), jnp.float32)}}}}
-    message = re.escape("student.head.head.kernel is cut along 12, not a multiple of mesh.fsdp=8")
-    with pytest.raises(ValueError, match=message):
-        sharding.tree_shardings(tree, sharding.make_mesh(data=1, fsdp=8))
+@pytest.mark.parametrize(
+    ("path", "shape", "message"),
+    [
+        (
+            "head.head.kernel",
+            (12, 48),
+            "head.head.kernel is cut along 12, not a multiple of mesh.fsdp * mesh.tensor = 8",
+        ),
+        ("blocks.ffn.up.kernel", (2, 8, 6), "blocks.ffn.up.kernel is cut along 6, not a multiple of mesh.tensor = 4"),
+    ],
+)
+def test_rows_or_columns_that_do_not_divide_are_an_error(path, shape, message):
+    tree = {"student": traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct(shape, jnp.float32)}, sep=".")}
+    with pytest.raises(UserError, match=re.escape(f"student.{message}: lower it")):
+        sharding.tree_shardings(tree, sharding.make_mesh(data=1, fsdp=2, tensor=4))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +141,25 @@ def test_a_mesh_takes_the_devices_that_are_left(sizes, expected):
 def test_a_mesh_that_does_not_cover_the_devices_is_an_error(sizes):
     with pytest.raises(ValueError, match="does not cover 8 devices"):
         sharding.make_mesh(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axis"),
+    [
+        ({"fsdp": 4, "context": 2}, "data"),
+        ({"data": 4, "tensor": 4}, "data"),
+        ({"data": 1, "fsdp": 8, "context": 2}, "fsdp"),
+        ({"data": 1, "context": 4, "tensor": 4}, "context"),
+    ],
+)
+def test_only_the_first_axis_that_can_crosses_from_slice_to_slice(sizes, axis):
+    """On two slices of eight chips."""
+    chips = topologies.get_topology_desc("v5e:2x4", platform="tpu", num_slices=2).devices
+    mesh = sharding.make_mesh(devices=chips, **sizes)
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    first, *_, last = np.split(slices, mesh.shape[axis], axis=mesh.axis_names.index(axis))
+    assert np.unique(first) == [0]
+    assert np.unique(last) == [1]
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 8])

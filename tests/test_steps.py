@@ -6,8 +6,6 @@ its sign, which round-off can turn.
 
 import dataclasses
 import functools
-import sys
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +13,8 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
-from jax.experimental import topologies
 
 from rcm_jax import sharding
-from rcm_jax.models.blocks import WHOLE, AttentionOps
-from rcm_jax.models.functional import functional
-from rcm_jax.models.wan import Wan, WanConfig
 from rcm_jax.state import create_state
 from rcm_jax.steps import Recipe, critic_step, ema_decay, guided, student_step
 
@@ -203,54 +197,6 @@ def test_two_rounds_of_updates_do_not_depend_on_the_mesh(data, fsdp, start, batc
         for name, value in theirs.items():
             np.testing.assert_allclose(ours[name], value, rtol=2e-5, err_msg=name)
     assert_close(change(found, start), change(alone, start), 2e-5)
-
-
-def scm_update_of_wan(mesh=None):
-    """(a starting state, one jitted sCM update of it) of a small Wan network whose attention is split over the mesh."""
-    config = WanConfig(dim=48, ffn_dim=96, heads=2, layers=2, in_channels=2, out_channels=2, text_dim=10, text_length=5)
-    ops = WHOLE if mesh is None else AttentionOps(*(sharding.split_over_batch(op, mesh) for op in WHOLE))
-    network = functional(lambda rngs: Wan(config, ops=ops, rngs=rngs))
-    init = jax.jit(network.init, compiler_options=FAST)
-    student, teacher = (init(jax.random.key(seed)) for seed in range(2))
-    step = functools.partial(
-        student_step,
-        loss_names=frozenset({"scm"}),
-        apply=network.apply,
-        optimizer=OPTIMIZER,
-        recipe=Recipe(scm_weight=5.0),
-        negative_text=NEGATIVE,
-    )
-    return create_state(student, teacher, OPTIMIZER, OPTIMIZER), step
-
-
-def test_an_scm_update_of_wan_does_not_depend_on_the_mesh(batch):
-    start, step = scm_update_of_wan()
-    alone = jax.jit(step, compiler_options=FAST)(start, batch, KEY, RATIO)
-    mesh = sharding.make_mesh(data=4, fsdp=2)
-    _, step = scm_update_of_wan(mesh)
-    spread_batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    found = jax.jit(step, compiler_options=FAST)(spread(start, mesh), spread_batch, KEY, RATIO)
-    (alone, alone_metrics), (found, found_metrics) = jax.device_get((alone, found))
-    for name, value in alone_metrics.items():
-        np.testing.assert_allclose(found_metrics[name], value, rtol=1e-4, err_msg=name)
-    assert_close(change(found, start), change(alone, start), 1e-4)
-
-
-def test_an_scm_update_of_wan_compiles_for_a_slice_of_tpus(batch):
-    """XLA refuses to split a TPU kernel over a mesh by itself."""
-    devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
-    mesh = sharding.make_mesh(fsdp=2, devices=devices)
-    start, step = scm_update_of_wan(mesh)
-
-    def place(tree, shardings):
-        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, shardings)
-
-    start = place(start, sharding.tree_shardings(start, mesh))
-    batch = place(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
-    key, ratio = (place(x, sharding.replicated(mesh)) for x in (KEY, jnp.float32(RATIO)))
-    with mock.patch.object(sys.modules["pallas_kernels.attention"], "_architecture", return_value="tpu"):
-        text = jax.jit(step).lower(start, batch, key, ratio).compile().as_text()
-    assert "tpu_custom_call" in text
 
 
 def spoil(batch, samples, name, value):

@@ -17,12 +17,12 @@ TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "2"}
 SHARDED = ("mesh.fsdp=2", "checkpoint.every=10")  # processes wait for each other at every save
 
 
-def start_two(run, *overrides):
-    """Two processes of one device each."""
+def start_two(run, *overrides, devices=1):
+    """Two processes of so many devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": str(devices)}
     return [
         run.start(
             *SHARDED,
@@ -97,8 +97,22 @@ def children(pid: int) -> list[int]:
     return [int(line.split()[0]) for line in processes.stdout.splitlines() if "launch.train" in line]
 
 
-def test_another_mesh_changes_no_more_than_rounding(on_two_devices, undisturbed):
+def assert_ends_near(run, undisturbed):
     """Adam's update may turn where a gradient is all rounding: norms are compared, after 40 steps."""
-    one, two = (load_safetensors(run.workdir / "ema.safetensors")[0] for run in (undisturbed, on_two_devices))
-    for name, tensor in one.items():
-        assert np.linalg.norm(tensor - two[name]) <= 1e-3 * np.linalg.norm(tensor), name
+    expected, found = (load_safetensors(each.workdir / "ema.safetensors")[0] for each in (undisturbed, run))
+    for name, tensor in expected.items():
+        assert np.linalg.norm(tensor - found[name]) <= 1e-3 * np.linalg.norm(tensor), name
+
+
+def test_another_mesh_changes_no_more_than_rounding(on_two_devices, undisturbed):
+    assert_ends_near(on_two_devices, undisturbed)
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_two_processes_share_samples_or_the_tokens_of_one(fsdp, make_run, undisturbed):
+    """Of four devices each. Without fsdp both processes work on the same samples."""
+    run = make_run(f"two_times_four_{fsdp}")
+    sizes = ("mesh.data=1", f"mesh.fsdp={fsdp}", f"mesh.context={4 // fsdp}", "mesh.tensor=2")
+    first, second = start_two(run, *sizes, devices=4)
+    assert (first.wait(), second.wait()) == (0, 0), first.output + second.output
+    assert_ends_near(run, undisturbed)
