@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from rcm_jax import media, sharding, train
 from rcm_jax.config import load
-from rcm_jax.models.wan import PRESETS, WanConfig
+from rcm_jax.costs import pass_operations, step_operations
+from rcm_jax.models.wan import PRESETS
 from rcm_jax.schedule import Phase
 from rcm_jax.steps import guided
 
@@ -52,7 +53,7 @@ def measure(size: list[int], overrides: list[str], repeat: int):
     network, optimizers = train.create_network(config), train.create_optimizers(config)
     mesh, preset = sharding.make_mesh(), PRESETS[config.model.preset]
     latent = (*size, preset.in_channels)
-    forward, tangent, gradient = operations(preset, preset.tokens(latent))
+    one = pass_operations(preset, preset.tokens(latent))
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (1, *latent))
     text, negative = jax.random.normal(keys[1], (2, preset.text_length, preset.text_dim))
@@ -74,9 +75,9 @@ def measure(size: list[int], overrides: list[str], repeat: int):
     def guided_teacher(params, x, time_B):
         return guided(network.apply, params, text[None], negative, 5.0)(x, time_B)
 
-    yield row("teacher, one pass", forward, lambda p, *a: network.apply(p, *a, text[None]), teacher, x, time_B)
-    yield row("teacher, guided pair", 2 * forward, guided_teacher, teacher, x, time_B)
-    yield row("student, value and tangent", forward + tangent, value_and_tangent, teacher, x, time_B)
+    yield row("teacher, one pass", one.forward, lambda p, *a: network.apply(p, *a, text[None]), teacher, x, time_B)
+    yield row("teacher, guided pair", 2 * one.forward, guided_teacher, teacher, x, time_B)
+    yield row("student, value and tangent", one.forward + one.tangent, value_and_tangent, teacher, x, time_B)
 
     state = train.create_initial_state(config, network, optimizers, teacher)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, train.abstract_state(config, network, optimizers, mesh))
@@ -84,17 +85,14 @@ def measure(size: list[int], overrides: list[str], repeat: int):
     del teacher
     take_step = train.compile_steps(config, network, optimizers, latent, negative, shardings)
     batch = jax.device_put({"latent": x, "text": text[None]}, sharding.batch_sharding(mesh))
-    scm = 3 * forward + tangent + gradient
-    # The backward simulation runs 1, 2, 3 and 4 student passes in turn, the last of them with a gradient.
-    dmd = (2.5 - 1) * forward + forward + gradient + 3 * forward
-    critic = 2.5 * forward + forward + gradient
-    phases = {
-        "sCM step": (Phase("student", frozenset({"scm"}), 1.0), scm, 1),
-        "DMD step, mean of 4": (Phase("student", frozenset({"dmd"}), 1.0), dmd, 4),
-        "rCM step (sCM + DMD), mean of 4": (Phase("student", frozenset({"scm", "dmd"}), 1.0), scm + dmd, 4),
-        "critic step, mean of 4": (Phase("critic", frozenset(), 1.0), critic, 4),
+    recipe = train.make_recipe(config, latent)
+    phases = {  # the backward simulation runs 1, 2, 3 and 4 student passes in turn, the last of them with a gradient
+        "sCM step": (Phase("student", frozenset({"scm"}), 1.0), 1),
+        "DMD step, mean of 4": (Phase("student", frozenset({"dmd"}), 1.0), 4),
+        "rCM step (sCM + DMD), mean of 4": (Phase("student", frozenset({"scm", "dmd"}), 1.0), 4),
+        "critic step, mean of 4": (Phase("critic", frozenset(), 1.0), 4),
     }
-    for part, (phase, tflop, period) in phases.items():
+    for part, (phase, period) in phases.items():
         count = period * -(-repeat // period)
         for _ in range(period):
             state, metrics = take_step(state, batch, phase)
@@ -105,16 +103,7 @@ def measure(size: list[int], overrides: list[str], repeat: int):
         jax.block_until_ready((state, metrics))
         seconds = (time.perf_counter() - start) / count
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-        yield {"part": part, "seconds": seconds, "tflop": tflop, "bytes": peak}
-
-
-def operations(preset: WanConfig, tokens: int) -> tuple[float, float, float]:
-    """TFLOP of a forward pass, of what a tangent adds to it, and of its gradient."""
-    linear = 2 * tokens * (6 * preset.dim**2 + 2 * preset.dim * preset.ffn_dim)
-    linear += 2 * preset.text_length * 2 * preset.dim**2
-    attention = 4 * tokens * (tokens + preset.text_length) * preset.dim
-    forward, tangent, gradient = linear + attention, linear + 2 * attention, 2 * linear + 2.5 * attention
-    return tuple(preset.layers * x * 1e-12 for x in (forward, tangent, gradient))
+        yield {"part": part, "seconds": seconds, "tflop": step_operations(one, phase, recipe), "bytes": peak}
 
 
 def table(results: dict[str, Any]) -> str:

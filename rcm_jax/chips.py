@@ -19,9 +19,9 @@ class Chip(NamedTuple):
     links: float
 
 
-# By `device_kind`. A TPU's memory is what libtpu lets a program use, its rates are those of cloud.google.com/tpu/docs/v5e,
-# /v5p, /v6e and /tpu7x, which count both directions of the links. JAX counts a TPU7x as two devices. GPUs: NVIDIA's data
-# sheets of the H100 SXM and the H200 SXM; links are NVLink's, inside a host.
+# By `device_kind`. TPUs: memory is what libtpu lets a program use; rates are those of cloud.google.com/tpu/docs/v5e and
+# its like, where links count in both directions. JAX counts a TPU7x as two devices. GPUs: NVIDIA's data sheets of H100
+# SXM and H200 SXM; links are NVLink, within a host.
 CHIPS = {
     "TPU v5 lite": Chip(memory=15.75, flops=197, bandwidth=819, links=200),
     "TPU v5": Chip(memory=95.74, flops=459, bandwidth=2765, links=600),

@@ -1,8 +1,7 @@
-"""What a training step costs: operations, by counting the model's products, and communication, by reading the program."""
+"""What a training step costs: operations, counted from the model, and communication, read from the program."""
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 
 class Operations(NamedTuple):
-    """TFLOP for one sample: of a forward pass, of what its tangent adds, of its gradient, of its layers but attention."""
+    """TFLOP for a sample: a forward pass, what its tangent adds, its gradient; and a forward pass without attention."""
 
     forward: float
     tangent: float
@@ -32,42 +31,42 @@ def pass_operations(preset: WanConfig, tokens: int) -> Operations:
     return Operations(*(preset.layers * count * 1e-12 for count in counts))
 
 
-def step_operations(one: Operations, phase: Phase, recipe: Recipe, remat: Remat = "none") -> float:
+def step_operations(one: Operations, phase: Phase, recipe: Recipe, remat: Remat | None = None) -> float:
     """TFLOP of one sample's part of an update, on average over the lengths of the backward simulation.
 
-    What `remat` makes again in the backward pass counts; "none" counts the model alone.
+    With `remat`, what the backward pass makes again counts too.
     """
+    again = {None: 0.0, "none": 0.0, "attention": one.linear, "block": one.forward}[remat]
+    learn = one.forward + one.gradient + again
     teacher = one.forward * (1 if recipe.guidance == 1 else 2)
     simulation = (recipe.simulation_steps - 1) / 2 * one.forward
-    again = {"none": 0.0, "attention": one.linear, "block": one.forward}[remat]
-    learn = one.forward + one.gradient + again
     if phase.update == "critic":
         return simulation + one.forward + learn
     parts = {
         "flow_matching": learn,
-        # The student's tangent is pushed through every block, which is made again from its input for the gradient.
-        "scm": teacher + one.tangent + one.forward + one.gradient + (one.linear if remat != "none" else 0.0),
+        # A tangent's blocks keep their attention alone, whatever remat says.
+        "scm": teacher + one.tangent + one.forward + one.gradient + (one.linear if remat else 0.0),
         "dcm": teacher + one.forward + learn,
         "dmd": simulation + learn + one.forward + teacher,
     }
     return sum(parts[name] for name in phase.losses)
 
 
-def received_bytes(program: str, dynamic_trips: float) -> Counter[str]:
+def received_bytes(program: str, dynamic_trips: float) -> dict[str, float]:
     """Bytes that a device receives in each kind of collective, in one run of a compiled program's text.
 
     What stands in a loop counts as often as the loop runs. A loop whose length the program computes itself, as the
     backward simulation's is, counts as `dynamic_trips`.
     """
     computations, entry, sizes = _parse(program)
-    received: Counter[str] = Counter()
+    received: dict[str, float] = {}
 
     def visit(name: str, times: float) -> None:
         for line in computations[name]:
             if collective := re.search(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\((.*?)\)", line):
                 kind, operands = collective.groups()
                 operand_bytes = sum(sizes[operand] for operand in re.findall(r"%([\w.-]+)", operands))
-                received[kind] += times * operand_bytes * _share(kind, line)
+                received[kind] = received.get(kind, 0.0) + times * operand_bytes * _share(kind, line)
             trips = _trips(line, computations, dynamic_trips)
             for callee in _callees(line):
                 visit(callee, times * trips)
@@ -103,7 +102,7 @@ def _share(kind: str, line: str) -> float:
     if kind == "collective-permute":
         return 1.0
     group = _group_size(line)
-    return {"all-gather": group - 1, "all-reduce": 2 * (group - 1) / group}.get(kind, (group - 1) / group)
+    return {"all-gather": group - 1.0, "all-reduce": 2 * (group - 1) / group}.get(kind, (group - 1) / group)
 
 
 def _group_size(line: str) -> int:

@@ -3,6 +3,7 @@
 Compiled programs are kept in .jax_cache, which makes the second run of the tests about twice as fast.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,3 +54,13 @@ def tpu_interpreter(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
     assert "RACE DETECTED" not in capsys.readouterr().out  # jax 0.12 raises an error instead
+
+
+@pytest.fixture
+def no_cache() -> Iterator[None]:
+    """JAX would keep programs for TPUs on disk, and fail to load them for chips that are not there."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    seconds = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    yield
+    jax.config.update(name, seconds)

@@ -4,9 +4,7 @@ The interpreter runs kernels on the CPU. libtpu compiles them for TPUs that this
 """
 
 import functools
-import math
 import sys
-from collections.abc import Iterator
 from unittest import mock
 
 import jax
@@ -136,16 +134,6 @@ def test_two_tensor_cores_do_not_race(kernel, capsys):
         actual, expected = run(kernel, drawn)
     assert "RACE DETECTED" not in capsys.readouterr().out
     assert_close(actual, expected, jnp.float32)
-
-
-@pytest.fixture
-def no_cache() -> Iterator[None]:
-    """JAX would keep these programs on disk, and fail to load them for chips that are not there."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    seconds = getattr(jax.config, name)
-    jax.config.update(name, math.inf)
-    yield
-    jax.config.update(name, seconds)
 
 
 def devices(chip: str) -> list[jax.Device]:

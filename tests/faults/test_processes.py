@@ -93,8 +93,8 @@ def test_a_host_ends_all_its_processes_when_one_dies_and_starts_them_again(on_tw
 
 def children(pid: int) -> list[int]:
     """The processes of `launch.train` that a process started."""
-    processes = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
-    return [int(line.split()[0]) for line in processes.stdout.splitlines() if "launch.train" in line]
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "launch.train" in line]
 
 
 def assert_ends_near(run, undisturbed):
