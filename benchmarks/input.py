@@ -1,10 +1,11 @@
-"""How long training steps wait for their data: the loader beside steps that take a given time on the accelerator.
+"""How long the accelerator waits for data: the loader beside steps that take a given time.
 
     python -m benchmarks.input --out=benchmarks/results/input.json
 
 The records are moving digits, and random ones of the size of Wan's at 480p: latents of 21 x 60 x 104 x 16 in float32 and
-embeddings of 512 x 4096 in bfloat16, 12.6 MB each, written to a temporary folder first. A step is a pause; the wait is
-what lies between two of them: taking the next batch and handing it to the device, as `launch.train` does.
+embeddings of 512 x 4096 in bfloat16, 12.6 MB each, written to a temporary folder first. As in `launch.train`, the host
+hands over the data of a step while the step before runs, then waits for that to end. An accelerator that takes a given
+time for a step waits where its next step comes later than its last one ended.
 """
 
 import argparse
@@ -84,28 +85,30 @@ def main() -> None:
 
 
 def measure(load: Load, name: str, data_dir: str, steps: int) -> dict[str, Any]:
-    """Mean and longest wait of a load's steps, in seconds."""
+    """Mean seconds that the host works for a step, and that the accelerator waits, over so many steps."""
     mesh = sharding.make_mesh()
     source = pipeline.open_source(name, data_dir, "train")
     batches = pipeline.make_loader(source, batch_size=load.samples, seed=0)
-    waits = []
+    work, waits, end = [], [], time.perf_counter()
     for _ in range(steps + 2):
-        start = time.perf_counter()
+        start, step_before = time.perf_counter(), end
         jax.block_until_ready(train.to_mesh(next(batches), mesh, load.samples))
-        waits.append(time.perf_counter() - start)
-        time.sleep(load.seconds)
+        now = time.perf_counter()
+        work.append(now - start)
+        waits.append(max(0.0, now - step_before))
+        end = max(now, step_before) + load.seconds
+        time.sleep(max(0.0, step_before - now))
     batches.close()
-    waits = waits[2:]
-    return load._asdict() | {"wait": float(np.mean(waits)), "longest_wait": max(waits)}
+    return load._asdict() | {"work": float(np.mean(work[2:])), "wait": float(np.mean(waits[2:]))}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The Markdown table of the measurements."""
-    lines = ["| load | samples a host | step, s | wait, ms | longest, ms | share |", "|---|---|---|---|---|---|"]
+    lines = ["| load | samples a host | step, s | host's work, ms | wait, ms | share |", "|---|---|---|---|---|---|"]
     for row in rows:
         share = row["wait"] / (row["wait"] + row["seconds"])
-        waits = f"{row['wait'] * 1e3:.1f} | {row['longest_wait'] * 1e3:.1f} | {share:.2%}"
-        lines.append(f"| {row['what']} | {row['samples']} | {row['seconds']:g} | {waits} |")
+        times = f"{row['work'] * 1e3:.1f} | {row['wait'] * 1e3:.1f} | {share:.2%}"
+        lines.append(f"| {row['what']} | {row['samples']} | {row['seconds']:g} | {times} |")
     return "\n".join(lines)
 
 

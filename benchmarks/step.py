@@ -83,7 +83,7 @@ def measure(size: list[int], overrides: list[str], repeat: int):
     shardings = jax.tree.map(lambda leaf: leaf.sharding, train.abstract_state(config, network, optimizers, mesh))
     state = jax.device_put(state, shardings)
     del teacher
-    take_step = train.compile_steps(config, network, optimizers, latent, negative, shardings)
+    step_of = train.jit_steps(config, network, optimizers, latent, negative, shardings)
     batch = jax.device_put({"latent": x, "text": text[None]}, sharding.batch_sharding(mesh))
     recipe = train.make_recipe(config, latent)
     phases = {  # the backward simulation runs 1, 2, 3 and 4 student passes in turn, the last of them with a gradient
@@ -93,13 +93,14 @@ def measure(size: list[int], overrides: list[str], repeat: int):
         "critic step, mean of 4": (Phase("critic", frozenset(), 1.0), 4),
     }
     for part, (phase, period) in phases.items():
+        step, arguments = step_of(phase)
         count = period * -(-repeat // period)
         for _ in range(period):
-            state, metrics = take_step(state, batch, phase)
+            state, metrics = step(state, batch, *arguments)
         jax.block_until_ready(metrics)
         start = time.perf_counter()
         for _ in range(count):
-            state, metrics = take_step(state, batch, phase)
+            state, metrics = step(state, batch, *arguments)
         jax.block_until_ready((state, metrics))
         seconds = (time.perf_counter() - start) / count
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)

@@ -88,6 +88,13 @@ def _add_model_options(command: ArgumentParser) -> list[str]:
             ("sigma-max", "X", float, "noise level at which a distilled model starts"),
             ("mid-times", "T,T", str, "TrigFlow times of a distilled model's later steps"),
             ("dtype", "NAME", str, "bfloat16 (default) or float32"),
+            ("context", "N", int, "devices that share out a video's tokens (default: 1)"),
+            (
+                "tensor",
+                "N",
+                int,
+                "devices, times those, that share out the network's heads and parameters (default: 1)",
+            ),
         )
     ]
     tile = group.add_argument("--tile", action="store_true", default=None, help="decode in tiles: less memory")
@@ -282,7 +289,8 @@ def _open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
     from rcm_jax.models import clip, umt5, vae
 
     published, dtype = order.published, jnp.dtype(arguments.dtype or "bfloat16")
-    transformer = loading.open_transformer(arguments.dit, arguments.model, dtype=dtype)
+    mesh = _make_mesh(arguments)
+    transformer = loading.open_transformer(arguments.dit, arguments.model, dtype=dtype, mesh=mesh)
     embedded = inference.read_embeddings(arguments.embeddings, transformer.config) if arguments.embeddings else {}
     captions = list(order.prompts)
     if max(settings.guidance) > 1 and "negative" not in embedded:
@@ -304,6 +312,22 @@ def _open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
         image_encoder = loading.open_image_encoder(arguments.image_encoder, preset, dtype=dtype)
     autoencoder = loading.open_autoencoder(arguments.vae, vae.PRESETS[published.vae], dtype=dtype)
     return inference.Parts(transformer, autoencoder, text_encoder, image_encoder, tokens, embedded)
+
+
+def _make_mesh(arguments: Namespace) -> Any:
+    """The devices that sample. Raises UserError for more than there are."""
+    import jax
+
+    from rcm_jax import sharding
+
+    context, tensor = (
+        1 if value is None else _positive(f"--{name}", value)
+        for name, value in (("context", arguments.context), ("tensor", arguments.tensor))
+    )
+    count, devices = context * tensor, jax.devices()
+    if count > len(devices):
+        raise UserError(f"--context {context} times --tensor {tensor} is more than {len(devices)} devices: lower one")
+    return sharding.make_mesh(data=1, context=context, tensor=tensor, devices=devices[:count])
 
 
 def _metadata(arguments: Namespace, order: Order, model: str) -> dict[str, Any]:

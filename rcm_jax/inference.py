@@ -27,6 +27,7 @@ from rcm_jax.models.presets import Config
 from rcm_jax.models.vae import Tiling
 from rcm_jax.models.wan import WanConfig
 from rcm_jax.published import SamplerName
+from rcm_jax.sharding import place_params
 from rcm_jax.steps import guided
 from rcm_jax.trigflow import NET_TIME_SCALE, Velocity, rf_velocity
 
@@ -234,7 +235,7 @@ class Experts:
     """The parameters of a model in the host's memory, of which one network's at a time are on the device."""
 
     def __init__(self, transformer: Transformer):
-        self.boundary = transformer.boundary
+        self.boundary, self.mesh = transformer.boundary, transformer.mesh
         self.host = [load() for load in transformer.loads]
         self._current: tuple[int, Params] | None = None
 
@@ -243,10 +244,11 @@ class Experts:
         return 0 if self.boundary is None or s >= self.boundary else 1
 
     def on_device(self, index: int) -> Params:
-        """The parameters of a network on the default device; the other's are freed there first."""
+        """The parameters of a network on the default device or the mesh; the other's are freed there first."""
         if self._current is None or self._current[0] != index:
             self.free()
-            self._current = index, jax.device_put(self.host[index])
+            host, mesh = self.host[index], self.mesh
+            self._current = index, jax.device_put(host) if mesh is None else place_params(host, mesh)
         return self._current[1]
 
     def free(self) -> None:

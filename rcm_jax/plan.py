@@ -41,12 +41,9 @@ def lower_step(config: ConfigDict, mesh: Mesh, latent_shape: tuple[int, ...], ph
     place = sharding.batch_sharding(mesh)
     batch = {key: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place) for key, (shape, dtype) in shapes.items()}
     negative = jax.ShapeDtypeStruct(text_shape, jnp.float32, sharding=sharding.replicated(mesh))
-
-    def step(state: Any, batch: Any, negative: Any) -> Any:
-        return train.compile_steps(config, network, optimizers, latent_shape, negative, shardings)(state, batch, phase)
-
+    step, arguments = train.jit_steps(config, network, optimizers, latent_shape, negative, shardings)(phase)
     with jax.default_device(mesh.devices.flat[0]):  # by which attention chooses its kernels
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch, negative)
+        return step.lower(state, batch, *arguments)
 
 
 def compile_steps(config: ConfigDict, devices: Sequence[Any], latent_size: Sequence[int]) -> Iterator[dict[str, Any]]:

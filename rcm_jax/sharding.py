@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import pallas_kernels
 from rcm_jax.config import UserError
 from rcm_jax.context_parallel import Ring, Ulysses
-from rcm_jax.models.blocks import GATHERED, BlockOps
+from rcm_jax.models.blocks import GATHERED, WHOLE, BlockOps
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
@@ -46,6 +46,18 @@ RULES = (
     (r"(image_embedding\.norm_(in|out)|time_norm)\.(bias|scale)", PartitionSpec()),
     (r"(blocks|head)\.modulation", PartitionSpec()),
 )
+
+
+# XLA's options, beyond its defaults, that let communication overlap computing. On TPUs the gathers of weights and the
+# rounds of a ring do by default.
+OVERLAP = {
+    "tpu": {"xla_tpu_enable_async_all_to_all": True},
+    "gpu": {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_enable_pipelined_all_gather": True,
+        "xla_gpu_enable_pipelined_reduce_scatter": True,
+    },
+}
 
 
 def make_mesh(
@@ -84,6 +96,11 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+    """What to compile programs for the mesh with."""
+    return OVERLAP.get(mesh.devices.flat[0].platform, {}) if mesh.size > 1 else {}
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of a scalar, or of any array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
@@ -94,30 +111,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): of `count` equal stretches of a batch this process' devices hold the rows of the index-th.
-
-    Processes that hold the same rows have the same index. It is (0, 1), the whole batch, where processes hold others'
-    rows in part.
-    """
-    parts = batch_parts(mesh)
-    rows = {process: set() for process in sorted({device.process_index for device in mesh.devices.flat})}
-    for device, (index,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
-        rows[device.process_index].update(range(*index.indices(parts)))
-    stretches = sorted({tuple(sorted(held)) for held in rows.values()})
-    if sum(stretches, ()) != tuple(range(parts)) or len({len(stretch) for stretch in stretches}) > 1:
-        return 0, 1
-    return stretches.index(tuple(sorted(rows[jax.process_index()]))), len(stretches)
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a batch that this process' devices hold, in order; processes that share samples hold the same."""
+    places = batch_sharding(mesh).devices_indices_map((batch_size,)).items()
+    held = [np.arange(batch_size)[index] for device, index in places if device.process_index == jax.process_index()]
+    return np.unique(np.concatenate(held))
 
 
-def block_ops(mesh: Mesh, heads: int, ulysses: int = 0) -> BlockOps:
+def block_ops(mesh: Mesh | None, heads: int, ulysses: int = 0) -> BlockOps:
     """Blocks of so many heads over the mesh: kernels, which XLA cannot split, and what it should not choose itself.
 
-    Tokens, batch and heads that do not divide evenly are no concern of the caller's. `ulysses` of the context axis'
-    devices exchange heads for tokens, the largest number possible if it is 0; keys go round the others in a ring.
+    `ulysses` neighbours along the context axis exchange heads for tokens, as many as possible if it is 0; keys go round
+    the others in a ring. Tokens need not divide. A mesh of one device, or none, changes nothing.
 
-    Raises UserError for heads that the tensor axis, or a `ulysses` that the context axis or the heads do not divide by.
+    Raises UserError if the tensor axis does not divide the heads, or `ulysses` the context axis and a device's heads.
     """
+    if mesh is None or mesh.size == 1:
+        return WHOLE
     tensor, context = mesh.shape["tensor"], mesh.shape["context"]
     if heads % tensor:
         raise UserError(f"mesh.tensor={tensor} must divide the {heads} heads of the network: lower it")
@@ -146,19 +156,17 @@ def block_ops(mesh: Mesh, heads: int, ulysses: int = 0) -> BlockOps:
 def _split_attention(function: Callable[..., Any], mesh: Mesh, ulysses: int, q, k, v, *kept: jax.Array) -> Any:
     """`function` on each device's part of the batch, tokens and heads.
 
-    As many keys as queries are taken for those of the same tokens, and lie with them; fewer or more, such as captions',
-    are whole on every device that needs them. Either is right for any keys, and these are the cheaper ones.
+    As many keys as queries are taken for those of the same tokens, and lie with them. Others, such as a caption's, and
+    those of so few tokens that devices have none, are whole everywhere. Either is right for any keys.
     """
     batch, tokens, context = _batch_axes(mesh, len(q)), q.shape[1], mesh.shape["context"]
     part = -(-tokens // context)
     rows, statistic = PartitionSpec(batch, "context", "tensor"), PartitionSpec(batch, "tensor", "context")
     keys, options = PartitionSpec(batch, None, "tensor"), {}
-    if k.shape[1] == tokens and context > 1:
-        last = tokens - part * (context - ulysses)
-        if last < 1:
-            raise UserError(f"{tokens} tokens leave devices of mesh.context={context} without any: lower it")
+    last = tokens - part * (context - ulysses)
+    if k.shape[1] == tokens and context > 1 and last > 0:
         ring = Ring("context", context, ulysses, last, pallas_kernels.choose_back_end("auto", q))
-        keys, options = rows, {"implementation": Ulysses("context", context, ulysses, ring)}
+        keys, options = rows, {"implementation": Ulysses("context", context, ulysses, ring) if ulysses > 1 else ring}
         k, v = _pad_tokens(k, part * context), _pad_tokens(v, part * context)
     split = jax.shard_map(
         functools.partial(function, **options),

@@ -22,13 +22,13 @@ from rcm_jax.data import digits, pipeline, text
 from rcm_jax.generation import Sampler, student_sampler
 from rcm_jax.guard import Guard, Trouble
 from rcm_jax.lifetime import termination_notice, watchdog
-from rcm_jax.models.blocks import WHOLE, Remat
+from rcm_jax.models.blocks import Remat
 from rcm_jax.models.functional import Network, functional
 from rcm_jax.models.wan import PRESETS, Wan
 from rcm_jax.records import RunRecords, warn, write_run_info
 from rcm_jax.schedule import Phase, needs, phase_at, total_iterations
 from rcm_jax.state import Params, TrainState, create_optimizer, create_state, ema_exponent
-from rcm_jax.steps import Metrics, Recipe, critic_step, student_step
+from rcm_jax.steps import Recipe, critic_step, student_step
 
 # The official balance of the losses, 100 : 1, belongs to latents of 16 x 21 x 60 x 104 elements.
 OFFICIAL_ELEMENTS = 16 * 21 * 60 * 104
@@ -65,13 +65,11 @@ def _train(
         source = pipeline.InMemory(source)
     first = pipeline.first_sound(source)
     latent_shape, text_shape = first["latent"].shape, first["text"].shape
-    share, shares = sharding.batch_share(mesh)
     batches = pipeline.make_loader(
         source,
         batch_size=config.data.batch_size,
         seed=config.seed,
-        process_index=share,
-        process_count=shares,
+        rows=sharding.local_rows(mesh, config.data.batch_size),
     )
 
     network = create_network(config, mesh)
@@ -79,7 +77,7 @@ def _train(
     abstract = abstract_state(config, network, optimizers, mesh)
     negative = negative_text(config, text_shape)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    take_step = compile_steps(config, network, optimizers, latent_shape, negative, shardings)
+    step_of = jit_steps(config, network, optimizers, latent_shape, negative, shardings)
 
     progresses()
     checkpoints = Checkpoints(workdir / "checkpoints", **config.checkpoint)
@@ -112,7 +110,8 @@ def _train(
         batch = next(batches)
         report_bad_records(batch, bad_records)
         batch = to_mesh(batch, mesh, config.data.batch_size)
-        state, metrics = take_step(state, batch, phase)
+        step, arguments = step_of(phase)
+        state, metrics = step(state, batch, *arguments)
         window.append(metrics)
         iteration += 1
         trouble = guard.judge(iteration, batch, metrics, last=iteration == total)
@@ -187,9 +186,8 @@ def create_network(config: ConfigDict, mesh: Mesh | None = None) -> Network:
         raise UserError(f"model.preset={config.model.preset!r} must be one of {', '.join(PRESETS)}")
     if config.model.remat not in get_args(Remat):
         raise UserError(f"model.remat={config.model.remat!r} must be one of {', '.join(get_args(Remat))}")
-    preset, dtype, ops = PRESETS[config.model.preset], jnp.dtype(config.model.dtype), WHOLE
-    if mesh is not None and mesh.size > 1:
-        ops = sharding.block_ops(mesh, preset.heads, ulysses=config.model.ulysses)
+    preset, dtype = PRESETS[config.model.preset], jnp.dtype(config.model.dtype)
+    ops = sharding.block_ops(mesh, preset.heads, config.model.ulysses)
     return functional(lambda rngs: Wan(preset, dtype=dtype, remat=config.model.remat, ops=ops, rngs=rngs))
 
 
@@ -295,18 +293,19 @@ def make_recipe(config: ConfigDict, latent_shape: tuple[int, ...]) -> Recipe:
     )
 
 
-TakeStep = Callable[[TrainState, dict[str, jax.Array], Phase], tuple[TrainState, Metrics]]
+# The jitted step of a phase, and what it takes behind a state and a batch; it returns the new state and its metrics.
+StepOf = Callable[[Phase], tuple[Any, tuple[Any, ...]]]
 
 
-def compile_steps(
+def jit_steps(
     config: ConfigDict,
     network: Network,
     optimizers: Optimizers,
     latent_shape: tuple[int, ...],
     negative: jax.Array,
     shardings: TrainState,
-) -> TakeStep:
-    """The two jitted steps behind one call; each compiles when its phase first comes. The state is donated."""
+) -> StepOf:
+    """The two steps of a run; each compiles when its phase first comes. The state is donated."""
     recipe = make_recipe(config, latent_shape)
 
     # The seed is an argument, so that runs that differ in it alone share one compilation.
@@ -332,23 +331,23 @@ def compile_steps(
         )
 
     seed = np.uint32(config.seed)
-    out = (shardings, None)
-    student = jax.jit(student, static_argnames="losses", donate_argnums=0, out_shardings=out)
-    critic = jax.jit(critic, donate_argnums=0, out_shardings=out)
+    options = sharding.compiler_options(shardings.iteration.mesh)
+    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
+    student, critic = jit(student, static_argnums=5), jit(critic)
 
-    def take_step(state: TrainState, batch: dict[str, jax.Array], phase: Phase) -> tuple[TrainState, Metrics]:
+    def step_of(phase: Phase) -> tuple[Any, tuple[Any, ...]]:
         if phase.update == "critic":
-            return critic(state, batch, seed)
-        return student(state, batch, seed, np.float32(phase.tangent_ratio), negative, losses=phase.losses)
+            return critic, (seed,)
+        return student, (seed, np.float32(phase.tangent_ratio), negative, phase.losses)
 
-    return take_step
+    return step_of
 
 
-def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh, rows: int) -> dict[str, jax.Array]:
-    """This process' share of a batch of so many rows as global arrays; texts stay behind."""
+def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """This process' rows of a batch of `batch_size` as global arrays; texts stay behind."""
     place = sharding.batch_sharding(mesh)
     return {
-        name: jax.make_array_from_process_local_data(place, batch[name], (rows, *batch[name].shape[1:]))
+        name: jax.make_array_from_process_local_data(place, batch[name], (batch_size, *batch[name].shape[1:]))
         for name in ("latent", "text", "fault")
     }
 
@@ -367,7 +366,7 @@ def record_samples(
     """Writes samples for the captions of the first `count` records to the run's records."""
     with records.untimed():
         first = pipeline.read(source, range(count))
-        latents = np.asarray(sample(params, jnp.asarray(first["text"]), jnp.arange(count)))
+        latents = on_host(sample(params, jnp.asarray(first["text"]), jnp.arange(count)))
         for prompt, video in zip(first["prompt"], digits.latent_to_video(latents), strict=True):
             records.write_video(iteration, str(prompt), video, fps=digits.FPS, scale=8)
 

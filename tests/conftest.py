@@ -58,7 +58,7 @@ def tpu_interpreter(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
 
 @pytest.fixture
 def no_cache() -> Iterator[None]:
-    """JAX would keep programs for TPUs on disk, and fail to load them for chips that are not there."""
+    """JAX would keep these programs on disk, and fail to load them for chips that are not there."""
     name = "jax_persistent_cache_min_compile_time_secs"
     seconds = getattr(jax.config, name)
     jax.config.update(name, math.inf)

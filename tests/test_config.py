@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_dict
 def get_config():
     return ConfigDict({
         "seed": 0, "deterministic": False, "stages": "scm:1,rcm:2",
-        "model": {"preset": "digits", "dtype": "float32", "remat": False},
+        "model": {"preset": "digits", "dtype": "float32", "remat": False, "ulysses": 0},
         "teacher": {"path": config_dict.placeholder(str), "guidance": 5.0, "negative_path": "", "caption_dropout": 0.1},
         "data": {"name": "digits", "dir": "data", "batch_size": 64, "accumulate": 2, "in_memory": False},
         "optimizer": {"student_lr": 1e-4, "critic_lr": 1e-5, "weight_decay": 0.01, "b1": 0.0, "b2": 0.999, "warmup": 9,
@@ -245,6 +245,7 @@ def test_a_value_that_is_plainly_none_has_no_type_to_override(recipe: Path):
         ("loss.dcm_steps", [1]),
         ("loss.dcm_shift", [0.0]),
         ("ema.sigma_rel", [0.0, 0.29]),
+        ("model.ulysses", [-1, 1.5]),
         ("mesh.data", [0, -2, 1.5]),
         ("mesh.fsdp", [0, -2]),
         ("mesh.context", [0, 1.5]),

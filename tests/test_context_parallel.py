@@ -1,6 +1,7 @@
 """Attention split over a mesh equals attention on one device: values, tangents and every gradient, for any lengths."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from rcm_jax import sharding
+from rcm_jax.config import UserError
 from rcm_jax.models.blocks import WHOLE
 
 BATCH, HEADS, DIM = 2, 4, 8
@@ -15,13 +17,13 @@ FAST = {"xla_backend_optimization_level": 0}  # these programs run for milliseco
 MESHES = {  # sizes of the mesh, ulysses
     "ulysses": ({"context": 4}, 4),
     "ring": ({"context": 4}, 1),
-    "ring over all": ({"data": 1, "context": 8}, 1),
     "both": ({"data": 1, "context": 8}, 2),
     "both and tensor": ({"data": 1, "context": 4, "tensor": 2}, 2),
     "ring, batch and tensor": ({"fsdp": 2, "data": 1, "context": 2, "tensor": 2}, 1),
 }
-LENGTHS = {"even": (32, 32), "odd": (29, 29), "to a caption": (29, 5)}
-CASES = [(mesh, "odd") for mesh in MESHES] + [("both", "even"), ("both", "to a caption"), ("ring", "even")]
+LENGTHS = {"even": (32, 32), "odd": (29, 29), "few": (9, 9), "to a caption": (29, 5)}
+CASES = [(mesh, "odd") for mesh in MESHES]
+CASES += [("both", "even"), ("both", "to a caption"), ("ring", "even"), ("ring", "few")]
 
 
 def normal(seed, *shape, dtype=jnp.float32):
@@ -73,3 +75,76 @@ def test_attention_over_a_mesh_is_that_of_one_device(name, lengths):
         for a, b in zip(ours[key], arrays, strict=True):
             # A few roundings of float32, of sums of 32 terms.
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=key)
+
+
+def test_bfloat16_is_merged_in_float32():
+    """A ring errs in bfloat16 as much as one device does."""
+    rounded = operands(29, 29, jnp.bfloat16)
+    ring = sharding.block_ops(sharding.make_mesh(context=4), HEADS, ulysses=1)
+
+    def tangent(ops, *primals):
+        return jax.jvp(functools.partial(ops.attention, mode="forward", return_lse=True), primals, primals)
+
+    exact, alone, spread = (
+        jax.tree.leaves(jax.jit(functools.partial(tangent, ops), compiler_options=FAST)(*primals))
+        for ops, primals in ((WHOLE, [x.astype(jnp.float32) for x in rounded]), (WHOLE, rounded), (ring, rounded))
+    )
+    for a, b, c in zip(exact, alone, spread, strict=True):
+        assert np.linalg.norm(c - a) <= 1.5 * np.linalg.norm(b - a) + 1e-5 * np.linalg.norm(a)
+
+
+def matmuls(f, *arguments):
+    def count(jaxpr):
+        inner = (getattr(x, "jaxpr", x) for eqn in jaxpr.eqns for x in jax.tree.leaves(list(eqn.params.values())))
+        own = sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
+        return own + sum(count(x) for x in inner if hasattr(x, "eqns"))
+
+    return count(jax.make_jaxpr(f)(*arguments).jaxpr)
+
+
+@pytest.mark.parametrize(("name", "rounds"), [("ulysses", 1), ("ring", 4), ("both", 4)])
+def test_no_attention_forward_or_tangent_runs_twice(name, rounds):
+    """Products a round over keys: 2 for the value, 6 with its tangent, 6 for the gradient (one of them of vectors)."""
+    sizes, ulysses = MESHES[name]
+    ops = sharding.block_ops(sharding.make_mesh(**sizes), HEADS, ulysses)
+    primals = operands(32, 32)
+    keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse", "attention_tangent")
+
+    def gradient(attention):
+        return jax.grad(lambda *x: jax.checkpoint(attention, policy=keep)(*x).sum(), argnums=(0, 1, 2))
+
+    def value_beside_tangent(*primals):
+        value, tangent = jax.jvp(functools.partial(ops.attention, mode="forward"), primals, primals)
+        return value * jax.lax.stop_gradient(tangent)
+
+    given = (primals[0], jnp.zeros((BATCH, HEADS, 32)))
+    assert matmuls(ops.attention, *primals) == 2 * rounds
+    assert matmuls(gradient(ops.attention), *primals) == (2 + 6) * rounds
+    assert matmuls(gradient(value_beside_tangent), *primals) == (6 + 6) * rounds
+    assert matmuls(gradient(lambda *x: ops.given(*x, *given)), *primals) == 6 * rounds
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heads", "ulysses", "message"),
+    [
+        ({"tensor": 8}, 12, 0, "mesh.tensor=8 must divide the 12 heads of the network: lower it"),
+        ({"context": 4}, 12, 3, "model.ulysses=3 must divide mesh.context=4 and the 12 heads of a device: set it to 0"),
+        ({"context": 4, "tensor": 2}, 6, 4, "must divide mesh.context=4 and the 3 heads of a device: set it to 0"),
+    ],
+)
+def test_heads_that_do_not_divide_are_an_error(sizes, heads, ulysses, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        sharding.block_ops(sharding.make_mesh(**sizes), heads, ulysses)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heads", "group"),
+    [({"context": 8}, 12, 4), ({"context": 4}, 40, 4), ({"context": 4, "tensor": 2}, 12, 2), ({"context": 8}, 5, 1)],
+)
+def test_as_many_devices_exchange_heads_as_these_divide_into(sizes, heads, group):
+    ops = sharding.block_ops(sharding.make_mesh(**{"data": -1} | sizes), heads)
+    q = jax.ShapeDtypeStruct((BATCH, 32, heads, DIM), jnp.float32)
+    program = str(jax.make_jaxpr(ops.attention)(q, q, q))
+    groups = re.findall(r"all_to_all\[\s*axis_index_groups=\(\(([\d, ]+)\)", program)
+    assert {len(found.split(",")) for found in groups} == {group} - {1}
+    assert program.count("ppermute[") == 2 * (sizes["context"] // group - 1)

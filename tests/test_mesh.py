@@ -3,13 +3,18 @@
 The optimiser is plain gradient descent, so that parameters show the gradient itself.
 """
 
+import dataclasses
 import functools
+import re
+import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import topologies
 
 from rcm_jax import sampling, sharding
 from rcm_jax.models.blocks import WHOLE
@@ -19,9 +24,13 @@ from rcm_jax.state import create_state
 from rcm_jax.steps import Recipe, critic_step, student_step
 from rcm_jax.trigflow import rf_velocity
 
-CONFIG = WanConfig(dim=48, ffn_dim=96, heads=4, layers=2, in_channels=2, out_channels=2, text_dim=10, text_length=5)
+LAYERS = 3
+CONFIG = WanConfig(
+    dim=48, ffn_dim=96, heads=4, layers=LAYERS, in_channels=2, out_channels=2, text_dim=10, text_length=5
+)
 LATENT, TEXT = (5, 4, 6, 2), (5, 10)  # 30 tokens, which 4 and 8 do not divide
 BATCH = 8
+TIMES = [0.99, 0.8, 0.0]  # RF times of a sampler
 OPTIMIZER = optax.sgd(1e-3)
 NEGATIVE, KEY, RATIO = jnp.zeros(TEXT), jax.random.key(5), jnp.float32(0.7)
 FAST = {"xla_backend_optimization_level": 0}  # these programs run for milliseconds and compile for seconds
@@ -109,3 +118,114 @@ def assert_close(ours, theirs, tolerance):
     whole = np.sqrt(sum(np.linalg.norm(leaf) ** 2 for leaf in theirs))
     for a, b in zip(ours, theirs, strict=True):
         assert np.linalg.norm(a - b) <= tolerance * max(np.linalg.norm(b), 1e-3 * whole)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "ring", "both and tensor"])
+def test_samples_do_not_depend_on_the_mesh(name, start):
+    """Nor on whether their number divides over it."""
+    sizes, ulysses = MESHES[name]
+    mesh, count = sharding.make_mesh(**sizes), 3
+
+    def sample(network, params):
+        velocity = rf_velocity(lambda x, time: network.apply(params, x, time, BATCHES["text"][:count]))
+        return sampling.few_step(velocity, jnp.arange(count), LATENT, TIMES, kind="sde")
+
+    alone, spread = build(), build(mesh, ulysses)
+    expected = jax.jit(functools.partial(sample, alone), compiler_options=FAST)(start.ema)
+    found = jax.jit(functools.partial(sample, spread), compiler_options=FAST)(sharding.place_params(start.ema, mesh))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+class Program:
+    """A compiled program, as one device runs it: `loops` are the lines of its loops over blocks, in order."""
+
+    def __init__(self, text):
+        self.text = text
+        found = re.findall(r"^%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)
+        self.computations = {name: body.splitlines() for name, body in found}
+        loops = (self.computations[name] for name in re.findall(r" while\(.* body=%([\w.\-]+)", text))
+        self.loops = [lines for lines in loops if any(" custom-call(" in line for line in lines)]
+
+    def count_fused(self, lines, operation):
+        """Asynchronous fusions among the lines that hold an operation."""
+        called = (re.search(r"calls=%(async_collective_fusion[\w.\-]*)", line) for line in lines)
+        return sum(f" {operation}(" in "".join(self.computations[name[1]]) for name in called if name)
+
+
+def count_between(lines, operation):
+    """Of each start of an operation among the lines, how many kernels run before it is done."""
+    kernels = [number for number, line in enumerate(lines) if 'custom_call_target="tpu_custom_call"' in line]
+    starts = ((number, re.match(rf"\s*(%\S+) = .* {operation}-start\(", line)) for number, line in enumerate(lines))
+    spans = [
+        (number, next(at for at, line in enumerate(lines) if f" {operation}-done({start[1]})" in line))
+        for number, start in starts
+        if start
+    ]
+    return [sum(first < kernel < last for kernel in kernels) for first, last in spans]
+
+
+@functools.cache
+def program():
+    """Value, tangent and gradient, by weights of 512 x 512, on 8 TPUs: FSDP, and Ulysses inside a ring."""
+    chips = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+    mesh = sharding.make_mesh(data=1, fsdp=2, context=4, devices=chips)
+    config = dataclasses.replace(CONFIG, dim=512, ffn_dim=1024, heads=4, layers=LAYERS)
+    network = create_network(config, dtype=jnp.bfloat16, ops=sharding.block_ops(mesh, config.heads, ulysses=2))
+
+    def loss(params, x, time, text):
+        apply = functools.partial(network.apply, params, mode="forward")
+        value, tangent = jax.jvp(lambda x, time: apply(x, time, text), (x, time), (x, time))
+        return ((value - jax.lax.stop_gradient(tangent)) ** 2).sum()
+
+    params = network.abstract_params()
+    place = sharding.tree_shardings(params, mesh)
+    arrays = (jax.ShapeDtypeStruct((2, *shape), jnp.float32) for shape in ((2, 32, 64, 2), (), TEXT))
+    gradient = jax.jit(
+        jax.grad(loss),
+        in_shardings=(place, *3 * [sharding.batch_sharding(mesh)]),
+        out_shardings=place,
+        compiler_options=sharding.compiler_options(mesh),
+    )
+    with mock.patch.object(sys.modules["pallas_kernels.attention"], "_architecture", return_value="tpu"):
+        return Program(gradient.lower(params, *arrays).compile().as_text())
+
+
+@pytest.mark.usefixtures("no_cache")
+class TestProgramForTPUs:
+    def test_no_attention_with_tangent_runs_in_the_backward_pass(self):
+        """Twice a block over the keys of the ring, once over the caption's."""
+        kernels = [re.findall(r"custom-call\(.*/(attention\w*)/pallas_call", "\n".join(x)) for x in program().loops]
+        assert kernels == [3 * ["attention_with_tangent"], 3 * ["attention_gradient"]]
+        assert program().text.count('custom_call_target="tpu_custom_call"') == 6
+
+    def test_weights_are_gathered_block_by_block_while_others_compute(self):
+        """Not all blocks' at once, nor as sums; of a block's ten matrices the first have nothing to hide behind."""
+        for lines in program().loops:
+            assert sum(" all-gather(" in line for line in lines) <= 2
+            assert program().count_fused(lines, "all-gather") >= 8
+        forward, _ = program().loops
+        assert not [line for line in forward if " all-reduce(" in line]
+        assert not re.findall(rf"= \w+\[{LAYERS},\d+,\d+\]\S* all-gather\(", program().text)
+
+    def test_keys_of_a_ring_move_while_kernels_run(self):
+        """Forwards keys and values, each with its tangent. Backwards keys, values and at last the sums, twice."""
+        forward, backward = (count_between(lines, "collective-permute") for lines in program().loops)
+        assert min(forward) == 1
+        assert len(forward) == 4
+        assert sum(kernels > 0 for kernels in backward) >= 4
+
+    def test_heads_are_exchanged_asynchronously(self):
+        """q, k, v, their tangents, out, its tangent and lse; q, k, v, out, lse, dout and three gradients."""
+        assert [len(count_between(lines, "all-to-all")) for lines in program().loops] == [9, 9]
+        assert " all-to-all(" not in program().text
+
+
+@pytest.mark.usefixtures("no_cache")
+@pytest.mark.parametrize("platform", sharding.OVERLAP)
+def test_options_are_known_to_the_compiler(platform):
+    """The CPU's knows those of GPUs."""
+    chip = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0] if platform == "tpu" else jax.devices()[0]
+    x = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(chip))
+    jax.jit(jnp.sin, compiler_options=sharding.OVERLAP[platform]).lower(x).compile()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        jax.jit(jnp.sin, compiler_options={"xla_no_such_option": True}).lower(x).compile()

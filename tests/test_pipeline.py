@@ -66,15 +66,12 @@ def test_one_seed_is_one_order():
     assert first == again
 
 
-@pytest.mark.parametrize("processes", [2, 3, 6])
-def test_processes_read_consecutive_rows_of_the_batches_one_process_reads(processes):
-    source = make_source(50)
-    alone = take(pipeline.make_loader(source, batch_size=12, seed=0), 9)
-    shares = [
-        take(pipeline.make_loader(source, batch_size=12, seed=0, process_index=k, process_count=processes), 9)
-        for k in range(processes)
-    ]
-    assert [list(itertools.chain(*rows)) for rows in zip(*shares, strict=True)] == alone
+@pytest.mark.parametrize("rows", [range(12), range(4, 8), [0, 1, 6, 7], [11]])
+def test_a_process_reads_its_rows_of_the_batches_that_all_read(rows):
+    whole, some = (
+        take(pipeline.make_loader(make_source(50), batch_size=12, seed=0, rows=wanted), 9) for wanted in (None, rows)
+    )
+    assert some == [[batch[row] for row in rows] for batch in whole]
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5, 17])
@@ -95,7 +92,7 @@ def test_a_position_resumes_on_another_number_of_processes():
     source = make_source(30)
     loader = pipeline.make_loader(source, batch_size=8, seed=0)
     take(loader, 4)
-    half = pipeline.make_loader(source, batch_size=8, seed=0, process_index=1, process_count=2)
+    half = pipeline.make_loader(source, batch_size=8, seed=0, rows=range(4, 8))
     half.set_state(loader.get_state())
     assert take(half, 5) == [batch[4:] for batch in take(loader, 5)]
 
@@ -126,23 +123,10 @@ def test_prompts_may_be_str_or_bytes_and_any_unicode():
     assert pipeline.read(source, range(2))["prompt"].tolist() == ["köttbullar 肉"] * 2
 
 
-@pytest.mark.parametrize(
-    ("sizes", "error", "message"),
-    [
-        (
-            {"batch_size": 9, "process_count": 4},
-            UserError,
-            "batch_size=9 must be a positive multiple of the 4 processes: set data.batch_size to 8",
-        ),
-        ({"batch_size": 1, "process_count": 4}, UserError, "set data.batch_size to 4"),
-        ({"batch_size": 0}, UserError, "batch_size=0 must be a positive multiple of the 1 processes"),
-        ({"batch_size": -4, "process_count": 4}, UserError, "set data.batch_size to 4"),
-        ({"batch_size": 4, "process_index": 2, "process_count": 2}, ValueError, "process_index=2 must be at least 0"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(sizes, error, message):
-    with pytest.raises(error, match=message):
-        pipeline.make_loader(make_source(8), seed=0, **sizes)
+@pytest.mark.parametrize("rows", [[], [-1], [0, 8]])
+def test_rows_that_a_batch_does_not_have_are_refused(rows):
+    with pytest.raises(ValueError, match="must be some of the 8 of a batch"):
+        pipeline.make_loader(make_source(8), batch_size=8, seed=0, rows=rows)
 
 
 def test_an_empty_source_is_refused():

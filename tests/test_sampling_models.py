@@ -169,6 +169,14 @@ def test_text_to_video(tmp_path, parts, capsys):
     assert alone.read_bytes() == kept
 
 
+def test_several_devices_sample_the_video_of_one(tmp_path, parts):
+    """Tokens over two, heads over two; to within one of 255 steps, for sums are in another order."""
+    words = ["--model=wan2.1-t2v", f"--dit={write_wan(tmp_path / 'dit', WAN)}", *parts, "--steps=2", "--prompt=a cat"]
+    (alone,), (spread,) = run(tmp_path / "1", *words), run(tmp_path / "4", *words, "--context=2", "--tensor=2")
+    difference = np.abs(frames_of(alone).astype(int) - frames_of(spread))
+    assert difference.max() <= 2
+
+
 def test_a_distilled_model_makes_an_image(tmp_path, parts):
     """A single frame is a PNG; embeddings take the place of captions, text encoder and tokeniser."""
     dit = write_wan(tmp_path / "dit", WAN, "diffusers")
@@ -283,6 +291,8 @@ V2W = ["--model=cosmos-predict2-v2w", "--dit=a", "--vae=b", "--prompt=a cat"]
         ([*T2V, "--sigma-max=80"], "--sigma-max is of no use to --sampler unipc"),
         ([*T2V, "--dtype=int8"], "--dtype int8 must be bfloat16 or float32"),
         ([*T2V, "--seeds=1,x"], "--seeds 1,x must be integers"),
+        ([*T2V, "--context=0"], "--context 0 must be at least 1"),
+        ([*T2V, "--context=3", "--tensor=3"], "--context 3 times --tensor 3 is more than 8 devices: lower one"),
         (T2V, "a is not a file or folder"),
         (V2W, "cosmos-predict2-v2w needs the first frame: give --image FILE"),
         ([*V2W, "--image=pyproject.toml"], "pyproject.toml cannot be read as a picture"),

@@ -2,6 +2,7 @@
 
 import math
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -169,3 +170,28 @@ def test_every_device_holds_its_own_rows_of_a_batch(fsdp):
     rows = sorted(shard.data[:, 0].tolist() for shard in batch.addressable_shards)
     assert rows == [[2.0 * k, 2.0 * k + 1] for k in range(8)]
     assert sharding.replicated(mesh).shard_shape((16, 1)) == (16, 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"data": 16}, [[0, 1, 4, 5], [8, 9, 12, 13], [2, 3, 6, 7], [10, 11, 14, 15]]),
+        ({"fsdp": 2, "context": 4}, [range(8), range(8), range(8, 16), range(8, 16)]),
+        ({"data": 1, "context": 16}, 4 * [range(16)]),
+    ],
+)
+def test_a_process_reads_the_rows_of_its_devices(sizes, expected):
+    """On 4 x 4 chips; each process has a square of four."""
+    chips = topologies.get_topology_desc("v5e:4x4", platform="tpu").devices
+    mesh = sharding.make_mesh(**sizes, devices=chips)
+    for process, rows in enumerate(expected):
+        with mock.patch.object(jax, "process_index", return_value=process):
+            assert sharding.local_rows(mesh, 16).tolist() == list(rows)
+
+
+def test_parameters_are_placed_where_their_rules_say():
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
+    params = {"blocks": {"ffn": {"up": {"kernel": np.arange(128.0).reshape(2, 8, 8), "bias": np.ones((2, 8))}}}}
+    placed = sharding.place_params(params, mesh)
+    jax.tree.map(np.testing.assert_array_equal, placed, params)
+    assert {shard.data.shape for shard in placed["blocks"]["ffn"]["up"]["kernel"].addressable_shards} == {(2, 4, 2)}

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
+from jax.sharding import Mesh
 
 from rcm_jax.config import UserError
 from rcm_jax.convert import families
@@ -23,6 +24,7 @@ from rcm_jax.models.functional import Network, functional
 from rcm_jax.models.presets import PRESETS, Config, create_network
 from rcm_jax.models.umt5 import T5Config, T5Encoder
 from rcm_jax.models.vae import VAE, Decoder, Encoder, VAEConfig
+from rcm_jax.sharding import block_ops
 
 Params = dict[str, Any]
 # Folders of Wan2.2's release, then of diffusers' pipelines: the network for noisier samples, and the other.
@@ -39,7 +41,8 @@ class Loadable(NamedTuple):
 class Transformer(NamedTuple):
     """The diffusion transformer of a model.
 
-    A model with a `boundary` has parameters twice: for RF times from there on, and for those below.
+    A model with a `boundary` has parameters twice: for RF times from there on, and for those below. With a `mesh` the
+    network is split over its devices.
     """
 
     model: str
@@ -47,6 +50,7 @@ class Transformer(NamedTuple):
     network: Network
     loads: tuple[Callable[[], Params], ...]
     boundary: float | None
+    mesh: Mesh | None = None
 
 
 class Autoencoder(NamedTuple):
@@ -58,7 +62,12 @@ class Autoencoder(NamedTuple):
 
 
 def open_transformer(
-    paths: Sequence[Path], model: str, *, dtype: Any = jnp.float32, part: Part | None = None
+    paths: Sequence[Path],
+    model: str,
+    *,
+    dtype: Any = jnp.float32,
+    part: Part | None = None,
+    mesh: Mesh | None = None,
 ) -> Transformer:
     """Opens the network of a model, or both, and checks every tensor's shape.
 
@@ -67,9 +76,10 @@ def open_transformer(
         model: a preset, or a name such as "wan2.1-t2v", whose sizes are then taken from the tensors.
         dtype: of the blocks' matrices, in memory and in products.
         part: which network of a checkpoint with several.
+        mesh: devices to split the network over.
 
     Raises:
-        UserError: a path is no checkpoint of the model, or there are too few or too many.
+        UserError: a path is no checkpoint of the model, or there are too few or too many; the mesh does not divide it.
     """
     family, config = families.find_model(model)
     boundary = next((c.boundary for name, c in _wan_presets().items() if name.startswith(model)), None)
@@ -82,13 +92,13 @@ def open_transformer(
         families.check(tensors, families.tensor_shapes(family, config), str(path))
         checkpoints.append((path, tensors))
     assert config is not None
-    network = create_network(config, dtype=dtype)
+    network = create_network(config, dtype=dtype, ops=block_ops(mesh, config.heads))
     abstract = in_dtype(network.abstract_params(), dtype)
     loads = tuple(
         functools.partial(collect_params, tensors, abstract, family.published, source=str(path))
         for path, tensors in checkpoints
     )
-    return Transformer(model, config, network, loads, boundary)
+    return Transformer(model, config, network, loads, boundary, mesh)
 
 
 def open_autoencoder(path: Path, config: VAEConfig, *, dtype: Any = jnp.float32) -> Autoencoder:

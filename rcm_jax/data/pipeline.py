@@ -73,38 +73,32 @@ def make_loader(
     *,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | Int[np.ndarray, "b"] | None = None,
     prefetch: int = 4,
 ) -> grain.DatasetIterator:
-    """Endless shuffled batches: this process' rows of each global batch, `prefetch` batches ahead in one thread.
+    """Endless shuffled batches: some `rows` of each, by default all, `prefetch` batches ahead in one thread.
 
-    Every process draws the same global batches of record numbers and reads its own consecutive rows, so a run sees
-    the same batches in the same order on any number of processes. Each epoch is a new permutation of the records;
-    a batch may span two epochs. The position, `get_state()` and `set_state()`, is the number of batches taken.
+    Every process draws the same global batches of record numbers and reads its own rows, so a run sees the same
+    batches in the same order on any number of processes. Each epoch is a new permutation of the records; a batch may
+    span two epochs. The position, `get_state()` and `set_state()`, is the number of batches taken.
 
     Yields:
-        "latent" (b, T, H, W, C) float32, "text" (b, S, D) float32, "prompt" (b,) str; b = batch_size / process_count.
+        "latent" (b, T, H, W, C) float32, "text" (b, S, D) float32, "prompt" (b,) str; b is the number of rows.
         In the place of a bad record are zeros; "fault" (b,) int32 is then its number in state.FAULTS plus 1, else 0,
         and "reason" (b,) str says more.
 
     Raises:
-        UserError: sizes that do not fit, or the first records are all bad.
+        ValueError: no rows, or none of a batch's.
+        UserError: there are no records, or the first are all bad.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"{batch_size=} must be a positive multiple of the {process_count} processes: set data.batch_size to "
-            f"{max(1, round(batch_size / process_count)) * process_count}"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"{process_index=} must be at least 0 and less than {process_count=}")
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if not len(rows) or min(rows) < 0 or max(rows) >= batch_size:
+        raise ValueError(f"rows {rows} must be some of the {batch_size} of a batch")
     if len(source) == 0:
         raise UserError("the source has no records: build it, or choose another split")
-    rows = batch_size // process_count
-    first = process_index * rows
     indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size)
     example = first_sound(source)
-    batches = indices.map(lambda index_B: read_tolerantly(source, index_B[first : first + rows], example))
+    batches = indices.map(lambda index_B: read_tolerantly(source, index_B[rows], example))
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     return iter(batches.to_iter_dataset(options))
 
