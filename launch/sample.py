@@ -89,12 +89,7 @@ def _add_model_options(command: ArgumentParser) -> list[str]:
             ("mid-times", "T,T", str, "TrigFlow times of a distilled model's later steps"),
             ("dtype", "NAME", str, "bfloat16 (default) or float32"),
             ("context", "N", int, "devices that share out a video's tokens (default: 1)"),
-            (
-                "tensor",
-                "N",
-                int,
-                "devices, times those, that share out the network's heads and parameters (default: 1)",
-            ),
+            ("tensor", "N", int, "devices, times those, that share out the network's heads (default: 1)"),
         )
     ]
     tile = group.add_argument("--tile", action="store_true", default=None, help="decode in tiles: less memory")

@@ -16,9 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from pallas_kernels import BackEnd
 from pallas_kernels.portable import merge
+
+Tokens = Float[Array, "b l n h"]
+Statistics = Float[Array, "b n l"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,30 +41,47 @@ class Ulysses:
     group: int
     inner: BackEnd
 
-    def forward(self, q, k, v, *, scale):
+    def forward(self, q_BLNH: Tokens, k_BLNH: Tokens, v_BLNH: Tokens, *, scale: float) -> tuple[Tokens, Statistics]:
         """As every back end's; (out, lse) of this device's queries."""
-        q, k, v = (self._gather_tokens(x) for x in (q, k, v))
-        return tuple(self._gather_heads(x) for x in self.inner.forward(q, k, v, scale=scale))
+        return self._exchange(self.inner.forward, (q_BLNH, k_BLNH, v_BLNH), scale)
 
-    def forward_with_tangent(self, q, k, v, tq, tk, tv, *, scale):
+    def forward_with_tangent(
+        self,
+        q_BLNH: Tokens,
+        k_BLNH: Tokens,
+        v_BLNH: Tokens,
+        tq_BLNH: Tokens | None,
+        tk_BLNH: Tokens | None,
+        tv_BLNH: Tokens | None,
+        *,
+        scale: float,
+    ) -> tuple[Tokens, Statistics, Tokens, Statistics]:
         """As every back end's; (out, lse, t_out, t_lse) of this device's queries."""
-        operands = (None if x is None else self._gather_tokens(x) for x in (q, k, v, tq, tk, tv))
-        return tuple(self._gather_heads(x) for x in self.inner.forward_with_tangent(*operands, scale=scale))
+        operands = q_BLNH, k_BLNH, v_BLNH, tq_BLNH, tk_BLNH, tv_BLNH
+        return self._exchange(self.inner.forward_with_tangent, operands, scale)
 
-    def backward(self, q, k, v, out, lse, dout, dlse, *, scale):
+    def backward(
+        self,
+        q_BLNH: Tokens,
+        k_BLNH: Tokens,
+        v_BLNH: Tokens,
+        out_BLNH: Tokens,
+        lse_BNL: Statistics,
+        dout_BLNH: Tokens,
+        dlse_BNL: Statistics | None,
+        *,
+        scale: float,
+    ) -> tuple[Tokens, Tokens, Tokens]:
         """As every back end's; (dq, dk, dv) of this device's tokens."""
-        operands = (None if x is None else self._gather_tokens(x) for x in (q, k, v, out, lse, dout, dlse))
-        return tuple(self._gather_heads(x) for x in self.inner.backward(*operands, scale=scale))
+        operands = q_BLNH, k_BLNH, v_BLNH, out_BLNH, lse_BNL, dout_BLNH, dlse_BNL
+        return self._exchange(self.inner.backward, operands, scale)
 
-    def _gather_tokens(self, x: jax.Array) -> jax.Array:
-        tokens, heads = _axes(x)
-        return self._exchange(x, cut=heads, join=tokens)
+    def _exchange(self, function: Callable[..., Any], operands: tuple[Any, ...], scale: float) -> tuple[Any, ...]:
+        """`function` of all tokens of some heads; its results as all heads of some tokens."""
+        whole = (None if x is None else self._all_to_all(x, *reversed(_axes(x))) for x in operands)
+        return tuple(self._all_to_all(x, *_axes(x)) for x in function(*whole, scale=scale))
 
-    def _gather_heads(self, x: jax.Array) -> jax.Array:
-        tokens, heads = _axes(x)
-        return self._exchange(x, cut=tokens, join=heads)
-
-    def _exchange(self, x: jax.Array, *, cut: int, join: int) -> jax.Array:
+    def _all_to_all(self, x: jax.Array, cut: int, join: int) -> jax.Array:
         groups = [list(range(first, first + self.group)) for first in range(0, self.size, self.group)]
         return lax.all_to_all(x, self.axis, cut, join, axis_index_groups=groups, tiled=True)
 
@@ -87,34 +108,63 @@ class Ring:
     def steps(self) -> int:
         return self.size // self.stride
 
-    def forward(self, q, k, v, *, scale):
+    def forward(self, q_BLNH: Tokens, k_BLNH: Tokens, v_BLNH: Tokens, *, scale: float) -> tuple[Tokens, Statistics]:
         """As every back end's; (out, lse) of this device's queries."""
-        return self._attend(lambda k, v: self.inner.forward(q, k, v, scale=scale), (k, v), q.dtype)
 
-    def forward_with_tangent(self, q, k, v, tq, tk, tv, *, scale):
+        def attend(k, v):
+            return self.inner.forward(q_BLNH, k, v, scale=scale)
+
+        return self._attend(attend, (k_BLNH, v_BLNH), q_BLNH.dtype)
+
+    def forward_with_tangent(
+        self,
+        q_BLNH: Tokens,
+        k_BLNH: Tokens,
+        v_BLNH: Tokens,
+        tq_BLNH: Tokens | None,
+        tk_BLNH: Tokens | None,
+        tv_BLNH: Tokens | None,
+        *,
+        scale: float,
+    ) -> tuple[Tokens, Statistics, Tokens, Statistics]:
         """As every back end's; (out, lse, t_out, t_lse) of this device's queries."""
 
         def attend(k, v, tk, tv):
-            return self.inner.forward_with_tangent(q, k, v, tq, tk, tv, scale=scale)
+            return self.inner.forward_with_tangent(q_BLNH, k, v, tq_BLNH, tk, tv, scale=scale)
 
-        return self._attend(attend, (k, v, tk, tv), q.dtype)
+        return self._attend(attend, (k_BLNH, v_BLNH, tk_BLNH, tv_BLNH), q_BLNH.dtype)
 
-    def backward(self, q, k, v, out, lse, dout, dlse, *, scale):
+    def backward(
+        self,
+        q_BLNH: Tokens,
+        k_BLNH: Tokens,
+        v_BLNH: Tokens,
+        out_BLNH: Tokens,
+        lse_BNL: Statistics,
+        dout_BLNH: Tokens,
+        dlse_BNL: Statistics | None,
+        *,
+        scale: float,
+    ) -> tuple[Tokens, Tokens, Tokens]:
         """As every back end's; (dq, dk, dv) of this device's tokens. Sums of gradients travel with their keys."""
 
-        def pull_back(k_part, v_part):
-            dq, dk, dv = self.inner.backward(q, k_part, v_part, out, lse, dout, dlse, scale=scale)
-            absent = ((0, 0), (0, k.shape[1] - k_part.shape[1]), (0, 0), (0, 0))
-            return _widen(dq), jnp.pad(_widen(dk), absent), jnp.pad(_widen(dv), absent)
+        kept = out_BLNH, lse_BNL, dout_BLNH, dlse_BNL
 
-        keys, (dq, *sums) = (k, v), self._visit(0, pull_back, (k, v))
+        def pull_back(k, v):
+            dq, dk, dv = (_widen(x) for x in self.inner.backward(q_BLNH, k, v, *kept, scale=scale))
+            absent = ((0, 0), (0, k_BLNH.shape[1] - k.shape[1]), (0, 0), (0, 0))
+            return dq, jnp.pad(dk, absent), jnp.pad(dv, absent)
+
+        keys = k_BLNH, v_BLNH
+        dq, *sums = self._visit(0, pull_back, keys)
         for step in range(1, self.steps):
             keys, sums = self._pass_on(keys), self._pass_on(sums)
             dq_more, *more = self._visit(step, pull_back, keys)
             dq, sums = dq + dq_more, jax.tree.map(jnp.add, sums, more)
-        return tuple(x.astype(q.dtype) for x in (dq, *self._pass_on(sums)))
+        dk, dv = self._pass_on(sums)
+        return dq.astype(q_BLNH.dtype), dk.astype(q_BLNH.dtype), dv.astype(q_BLNH.dtype)
 
-    def _attend(self, attend: Callable[..., Any], keys: tuple[Any, ...], dtype: Any) -> tuple[jax.Array, ...]:
+    def _attend(self, attend: Callable[..., Any], keys: tuple[Any, ...], dtype: Any) -> Any:
         """`attend(*keys)` merged over the keys of all devices."""
         total = _heads_first(self._visit(0, attend, keys))
         for step in range(1, self.steps):

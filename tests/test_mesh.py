@@ -18,6 +18,7 @@ from jax.experimental import topologies
 
 from rcm_jax import sampling, sharding
 from rcm_jax.models.blocks import WHOLE
+from rcm_jax.models.cosmos import CosmosConfig
 from rcm_jax.models.presets import create_network
 from rcm_jax.models.wan import WanConfig
 from rcm_jax.state import create_state
@@ -93,7 +94,7 @@ def alone(start):
 
 
 SCM, DMD = frozenset({"scm"}), frozenset({"dmd"})
-CASES = [*((name, SCM) for name in MESHES), ("both and tensor", DMD)]
+CASES = [*((name, SCM) for name in MESHES), ("ulysses", DMD)]
 
 
 @pytest.mark.parametrize(("name", "losses"), CASES, ids=lambda value: "".join(value))
@@ -133,6 +134,25 @@ def test_samples_do_not_depend_on_the_mesh(name, start):
     alone, spread = build(), build(mesh, ulysses)
     expected = jax.jit(functools.partial(sample, alone), compiler_options=FAST)(start.ema)
     found = jax.jit(functools.partial(sample, spread), compiler_options=FAST)(sharding.place_params(start.ema, mesh))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+COSMOS = CosmosConfig(
+    dim=48, heads=4, layers=2, rope_scale=(1.0, 3.0, 3.0), in_channels=3, out_channels=2, text_dim=10, lora_dim=4
+)
+
+
+@pytest.mark.parametrize(("config", "times"), [(CONFIG, 5), (COSMOS, 30)], ids=["Wan, by frame", "Cosmos, by token"])
+def test_every_token_keeps_its_own_time_and_place(config, times):
+    """On tokens that do not divide over the devices."""
+    sizes, ulysses = MESHES["both and tensor"]
+    mesh, time = sharding.make_mesh(**sizes), 500 + 200 * normal(2, BATCH, times)
+    alone, spread = create_network(config), create_network(config, ops=sharding.block_ops(mesh, config.heads, ulysses))
+    noisy = (normal(seed, *leaf.shape) / 8 for seed, leaf in enumerate(jax.tree.leaves(alone.abstract_params())))
+    params = jax.tree.structure(alone.abstract_params()).unflatten(noisy)
+    expected = jax.jit(alone.apply, compiler_options=FAST)(params, BATCHES["latent"], time, BATCHES["text"])
+    params = sharding.place_params(params, mesh)
+    found = jax.jit(spread.apply, compiler_options=FAST)(params, BATCHES["latent"], time, BATCHES["text"])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 

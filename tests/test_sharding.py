@@ -172,21 +172,17 @@ def test_every_device_holds_its_own_rows_of_a_batch(fsdp):
     assert sharding.replicated(mesh).shard_shape((16, 1)) == (16, 1)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [
-        ({"data": 16}, [[0, 1, 4, 5], [8, 9, 12, 13], [2, 3, 6, 7], [10, 11, 14, 15]]),
-        ({"fsdp": 2, "context": 4}, [range(8), range(8), range(8, 16), range(8, 16)]),
-        ({"data": 1, "context": 16}, 4 * [range(16)]),
-    ],
-)
-def test_a_process_reads_the_rows_of_its_devices(sizes, expected):
-    """On 4 x 4 chips; each process has a square of four."""
+@pytest.mark.parametrize("sizes", [{"data": 16}, {"data": 8, "tensor": 2}, {"fsdp": 2, "context": 4}, {"context": 16}])
+def test_a_process_reads_the_rows_of_its_devices(sizes):
+    """On 4 x 4 chips, of which each process has a square, so that its rows need not be neighbours; two rows a part."""
     chips = topologies.get_topology_desc("v5e:4x4", platform="tpu").devices
-    mesh = sharding.make_mesh(**sizes, devices=chips)
-    for process, rows in enumerate(expected):
+    mesh = sharding.make_mesh(**{"data": -1} | sizes, devices=chips)
+    parts = mesh.devices.reshape(sharding.batch_parts(mesh), -1)
+    for process in range(4):
+        held = [n for n, sharers in enumerate(parts) if process in {chip.process_index for chip in sharers}]
         with mock.patch.object(jax, "process_index", return_value=process):
-            assert sharding.local_rows(mesh, 16).tolist() == list(rows)
+            found = sharding.local_rows(mesh, 2 * len(parts))
+        assert found.tolist() == [row for n in held for row in (2 * n, 2 * n + 1)]
 
 
 def test_parameters_are_placed_where_their_rules_say():
