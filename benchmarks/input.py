@@ -2,8 +2,8 @@
 
     python -m benchmarks.input --out=benchmarks/results/input.json
 
-The records are moving digits, and random ones of the size of Wan's at 480p: latents of 21 x 60 x 104 x 16 in float32 and
-embeddings of 512 x 4096 in bfloat16, 12.6 MB each, written to a temporary folder first. As in `launch.train`, the host
+The records are moving digits, and random ones of the size of Wan's at 480p: latents of 21 x 60 x 104 x 16, float32, and
+embeddings of 512 x 4096, bfloat16, 12.6 MB each, written to a temporary folder first. As in `launch.train`, the host
 hands over the data of a step while the step before runs, then waits for that to end. An accelerator that takes a given
 time for a step waits where its next step comes later than its last one ended.
 """

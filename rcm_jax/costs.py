@@ -111,9 +111,12 @@ def _group_size(line: str) -> int:
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(iota[1])
-    mesh, axes = re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", line).groups()
-    sizes = dict(re.findall(r"('\w+')=(\d+)", mesh))
-    return math.prod(int(sizes[axis]) for axis in axes.split(","))
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", line):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in mesh[2].split(","))
+    raise ValueError(
+        f"no devices are known of the collective {line.strip()!r}: teach costs.py how this XLA writes them"
+    )
 
 
 def _callees(line: str) -> Iterator[str]:
