@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps of each load, after two of warm-up")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        tfds.display_progress_bar(False)
         builder = Records(data_dir=folder, file_format="array_record")
         builder.download_and_prepare()
         names = {"digits": "digits", "wan": str(builder.data_path)}

@@ -65,6 +65,8 @@ def received_bytes(program: str, dynamic_trips: float) -> dict[str, float]:
         for line in computations[name]:
             if collective := re.search(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\((.*?)\)", line):
                 kind, operands = collective.groups()
+                # For TPUs, a reduce-scatter is written as a computation that cuts the result of an all-reduce.
+                kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
                 operand_bytes = sum(sizes[operand] for operand in re.findall(r"%([\w.-]+)", operands))
                 received[kind] = received.get(kind, 0.0) + times * operand_bytes * _share(kind, line)
             trips = _trips(line, computations, dynamic_trips)

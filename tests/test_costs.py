@@ -112,3 +112,36 @@ def test_communication_of_a_loop_on_tpus(kind):
 def test_a_loop_of_unknown_length_counts_as_told():
     collective, expected = PROGRAMS["all-reduce"]
     assert received_bytes(compile_loop(collective, jax.devices(), steps=None), 1.5) == {"all-reduce": 1.5 * expected}
+
+
+# As libtpu writes the sum of a gradient's parts.
+SCATTER = """
+%all-reduce-scatter.1 (input: f32[64,4]) -> f32[8,4] {{
+  %input = f32[64,4]{{1,0:T(8,128)}} parameter(0)
+  %all-reduce.1 = f32[64,4]{{1,0:T(8,128)}} all-reduce(%input), channel_id=1, {groups}, to_apply=%add
+  ROOT %dynamic-slice.1 = f32[8,4]{{1,0:T(8,128)}} dynamic-slice(%all-reduce.1, %place, %zero)
+}}
+
+ENTRY %main (p: f32[64,4]) -> f32[8,4] {{
+  %p = f32[64,4]{{1,0:T(8,128)}} parameter(0)
+  ROOT %fusion.1 = f32[8,4]{{1,0:T(8,128)}} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        "replica_groups={{0,1,2,3,4,5,6,7},{8,9,10,11,12,13,14,15}}",
+        "replica_groups=[2,8]<=[16]",
+        "replica_groups=mesh['axis_0'=2,'axis_1'=4,'axis_2'=2] {'axis_1','axis_2'}",
+        "replica_groups=mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]T(1,0)) {'axis_0'}",
+    ],
+)
+def test_a_sum_of_which_each_device_keeps_a_part_is_a_reduce_scatter(groups):
+    assert received_bytes(SCATTER.format(groups=groups), 0.0) == {"reduce-scatter": 7 / 8 * 64 * 4 * 4}
+
+
+def test_a_collective_of_devices_unknown_is_an_error():
+    with pytest.raises(ValueError, match="no devices are known of the collective '%all-reduce.1"):
+        received_bytes(SCATTER.format(groups="replica_groups=all"), 0.0)
