@@ -116,6 +116,12 @@ def test_a_loop_of_unknown_length_counts_as_told():
 
 # As libtpu writes the sum of a gradient's parts.
 SCATTER = """
+%add (x: f32[], y: f32[]) -> f32[] {{
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}}
+
 %all-reduce-scatter.1 (input: f32[64,4]) -> f32[8,4] {{
   %input = f32[64,4]{{1,0:T(8,128)}} parameter(0)
   %all-reduce.1 = f32[64,4]{{1,0:T(8,128)}} all-reduce(%input), channel_id=1, {groups}, to_apply=%add
@@ -143,5 +149,5 @@ def test_a_sum_of_which_each_device_keeps_a_part_is_a_reduce_scatter(groups):
 
 
 def test_a_collective_of_devices_unknown_is_an_error():
-    with pytest.raises(ValueError, match="no devices are known of the collective '%all-reduce.1"):
+    with pytest.raises(ValueError, match=r"no devices are known of the collective '%all-reduce\.1"):
         received_bytes(SCATTER.format(groups="replica_groups=all"), 0.0)
