@@ -199,7 +199,7 @@ def program():
 
     params = network.abstract_params()
     place = sharding.tree_shardings(params, mesh)
-    arrays = (jax.ShapeDtypeStruct((2, *shape), jnp.float32) for shape in ((2, 32, 64, 2), (), TEXT))
+    arrays = (jax.ShapeDtypeStruct((2, *shape), jnp.float32) for shape in ((2, 32, 48, 2), (), TEXT))
     gradient = jax.jit(
         jax.grad(loss),
         in_shardings=(place, *3 * [sharding.batch_sharding(mesh)]),
@@ -233,6 +233,10 @@ class TestProgramForTPUs:
         assert min(forward) == 1
         assert len(forward) == 4
         assert sum(kernels > 0 for kernels in backward) >= 4
+
+    def test_tokens_stay_where_they_are_until_they_are_pixels(self):
+        """Of 768."""
+        assert not re.findall(r"\[\d+,768,512\]\S* all-gather\(", program().text)
 
     def test_heads_are_exchanged_asynchronously(self):
         """q, k, v, their tangents, out, its tangent and lse; q, k, v, out, lse, dout and three gradients."""

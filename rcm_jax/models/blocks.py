@@ -33,7 +33,7 @@ class BlockOps(NamedTuple):
 
     Attributes:
         attention, given: `attention` and `attention_given` of pallas_kernels, or the same on parts of their arguments.
-        place: (x_BLD) -> x_BLD, which says where activations lie between blocks.
+        place: (x_BLD) -> x_BLD, which says where activations lie before, between and after blocks.
         gather: (params) -> params, which brings the parameters of one block together where they are computed with.
     """
 

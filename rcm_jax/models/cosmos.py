@@ -162,7 +162,7 @@ class Cosmos(nnx.Module):
         x_BLD = run_blocks(block, params, x_BLD, time_BKM, text_BSD, mode=mode, remat=self.remat, ops=self.ops)
         (t, h, w), (kt, kh, kw) = grid, self.config.patch
         return rearrange(
-            self.head(x_BLD, time_BKM),
+            self.ops.place(self.head(x_BLD, time_BKM)),
             "b (t h w) (kh kw kt c) -> b (t kt) (h kh) (w kw) c",
             **dict(t=t, h=h, w=w, kt=kt, kh=kh, kw=kw),
         )

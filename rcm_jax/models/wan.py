@@ -163,7 +163,7 @@ class Wan(nnx.Module):
         )
         (t, h, w), (kt, kh, kw) = grid, self.config.patch
         return rearrange(
-            self.head(x_BLD, time_BKD),
+            self.ops.place(self.head(x_BLD, time_BKD)),
             "b (t h w) (kt kh kw c) -> b (t kt) (h kh) (w kw) c",
             **dict(t=t, h=h, w=w, kt=kt, kh=kh, kw=kw),
         )
