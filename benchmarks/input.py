@@ -30,17 +30,18 @@ LATENT, TEXT = (21, 60, 104, 16), (512, 4096)
 
 
 class Load(NamedTuple):
-    """Samples that a host takes for each step, and the seconds of the step."""
+    """Samples that a host takes for each step, the seconds of the step, and whether records are decoded once."""
 
     records: str
     samples: int
     seconds: float
     what: str
+    in_memory: bool = False
 
 
 LOADS = (
     Load("digits", 32, 0.25, "digits_rcm on two CPU cores"),
-    Load("digits", 256, 0.02, "digits_teacher on one H200"),
+    Load("digits", 256, 0.02, "digits_teacher on one H200", in_memory=True),
     Load("wan", 4, 20.0, "wan2_1_t2v_14b, 16 hosts of 4 TPU v5p"),
     Load("wan", 64, 60.0, "wan2_1_t2v_1_3b, 4 hosts of 4 TPU v5p"),
 )
@@ -89,6 +90,7 @@ def measure(load: Load, name: str, data_dir: str, steps: int) -> dict[str, Any]:
     """Mean seconds that the host works for a step, and that the accelerator waits, over so many steps."""
     mesh = sharding.make_mesh()
     source = pipeline.open_source(name, data_dir, "train")
+    source = pipeline.InMemory(source) if load.in_memory else source
     batches = pipeline.make_loader(source, batch_size=load.samples, seed=0)
     work, waits, end = [], [], time.perf_counter()
     for _ in range(steps + 2):

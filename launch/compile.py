@@ -37,8 +37,8 @@ def main() -> None:
         devices = chips.topology_devices(arguments.topology) if arguments.topology else jax.devices()
         where = arguments.topology or devices[0].device_kind
         print(f"compiling {arguments.config} for {len(devices)} devices of {where}", flush=True)
-        rows = []
-        for row in plan.compile_steps(config, devices, arguments.latent):
+        rows, progress = [], lambda seconds: print(f"{seconds:.0f} s", file=sys.stderr, flush=True)
+        for row in plan.compile_steps(config, devices, arguments.latent, progress):
             rows.append(row)
             print(step_text(row, chips.chip_of(devices[0]).memory), flush=True)
         fits = all(row["fits"] for row in rows)

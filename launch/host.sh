@@ -27,11 +27,11 @@ declare -A running=() # by process id
 writers=() timer='' asked=''
 trap 'asked=yes; kill -TERM "${!running[@]}" 2>/dev/null' TERM INT
 
-# Starts the command in the background, its output going to the terminal and to the file $1.
+# Starts the command $2... in the background, its output going to the file $1 and, while somebody listens, to stdout.
 start() {
     local output log=$1
     shift
-    exec {output}> >(trap '' TERM INT && exec tee -a "$log")
+    exec {output}> >(trap '' TERM INT && exec tee -ap "$log")
     writers+=($!)
     "$@" >&"$output" 2>&1 &
     running[$!]=yes

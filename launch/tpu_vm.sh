@@ -55,6 +55,11 @@ acquire() {
     done
 }
 
+# Ends, after a checkpoint, what runs on the hosts. The brackets keep pkill from finding the shell that runs it.
+stop() {
+    on_all_hosts --command="pkill -f launch/[h]ost.sh; while pgrep -f launch/[h]ost.sh >/dev/null; do sleep 1; done"
+}
+
 # Copies what a run needs of the repository to all hosts, and installs.
 install() {
     run tar -czf "$logs/rcm_jax.tgz" configs launch pallas_kernels rcm_jax requirements.txt &&
@@ -69,11 +74,10 @@ train() {
             --command="rcm_jax/launch/host.sh --starts=1 -- --distributed $(quote "${train[@]}")"
 }
 
-# The brackets keep pkill from finding the shell that runs it.
-trap 'on_all_hosts --command="pkill -TERM -f \"launch/[h]ost.sh\""; exit 1' INT TERM
+trap 'stop; exit 1' INT TERM
 run mkdir -p "$logs"
 for ((number = 1; ; number++)); do
-    { [ -z "$topology" ] || acquire; } && install && train "$number" && exit 0
+    { [ -z "$topology" ] || acquire; } && stop && install && train "$number" && exit 0
     code=$?
     if [ $code = 2 ] || [ $code = 3 ] || ((number > restarts)); then exit $code; fi
     echo "$0: start $number ended early, the next one continues" >&2

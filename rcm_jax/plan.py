@@ -3,8 +3,8 @@
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from rcm_jax.models.wan import PRESETS
 from rcm_jax.schedule import Phase, phase_at, total_iterations
 
 GIB = 2**30
+PROGRESS_SECONDS = 30
 
 
 def count_phases(config: ConfigDict) -> Counter[Phase]:
@@ -46,10 +47,12 @@ def lower_step(config: ConfigDict, mesh: Mesh, latent_shape: tuple[int, ...], ph
         return step.lower(state, batch, *arguments)
 
 
-def compile_steps(config: ConfigDict, devices: Sequence[Any], latent_size: Sequence[int]) -> Iterator[dict[str, Any]]:
+def compile_steps(
+    config: ConfigDict, devices: Sequence[Any], latent_size: Sequence[int], progress: Callable[[float], None]
+) -> Iterator[dict[str, Any]]:
     """Compiles each kind of step of a run, all at once; yields what `measure` says of it as soon as it is known.
 
-    `latent_size` is (T, H, W).
+    `latent_size` is (T, H, W). `progress` is called with the seconds since the start, now and then.
 
     Raises UserError for a config that does not fit the devices, or devices whose rates are not known.
     """
@@ -60,19 +63,23 @@ def compile_steps(config: ConfigDict, devices: Sequence[Any], latent_size: Seque
     start = time.monotonic()
     with ThreadPoolExecutor(len(phases)) as pool:
         pending = {pool.submit(lower_step(config, mesh, latent_shape, phase).compile): phase for phase in phases}
-        for done in as_completed(pending):
-            phase = pending[done]
-            row = {
-                "step": "critic" if phase.update == "critic" else f"student, {'+'.join(sorted(phase.losses))}",
-                "iterations": phases[phase],
-                "compile_seconds": round(time.monotonic() - start),
-            }
-            try:
-                yield row | measure(config, mesh, latent_shape, phase, chip, done.result())
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                yield row | {"fits": False, "reason": str(error).partition("\n")[0]}
+        while pending:
+            for done in wait(pending, timeout=PROGRESS_SECONDS, return_when=FIRST_COMPLETED).done:
+                phase = pending.pop(done)
+                row = {"step": name_of(phase), "iterations": phases[phase]}
+                row["compile_seconds"] = round(time.monotonic() - start)
+                try:
+                    yield row | measure(config, mesh, latent_shape, phase, chip, done.result())
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    yield row | {"fits": False, "reason": str(error).partition("\n")[0]}
+            progress(time.monotonic() - start)
+
+
+def name_of(phase: Phase) -> str:
+    """ "critic", or "student" and its losses."""
+    return "critic" if phase.update == "critic" else f"student, {'+'.join(sorted(phase.losses))}"
 
 
 def measure(

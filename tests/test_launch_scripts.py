@@ -74,6 +74,8 @@ def test_tpu_vm():
         "mkdir -p /l",
         "gcloud compute tpus queued-resources create rcm --zone=z --node-id=rcm --type=v5p "
         "--runtime-version=v2-alpha-tpuv5 --topology=4x4x4 --spot",
+        f"{on_all} --command=pkill\\ -f\\ launch/\\[h\\]ost.sh\\;\\ while\\ pgrep\\ -f\\ launch/\\[h\\]ost.sh\\ "
+        "\\>/dev/null\\;\\ do\\ sleep\\ 1\\;\\ done",
         "tar -czf /l/rcm_jax.tgz configs launch pallas_kernels rcm_jax requirements.txt",
         "gcloud compute tpus tpu-vm scp /l/rcm_jax.tgz rcm: --zone=z --worker=all",
         f"{on_all} --command=mkdir\\ -p\\ rcm_jax\\ \\&\\&\\ tar\\ -xzf\\ rcm_jax.tgz\\ -C\\ rcm_jax\\ \\&\\&\\ "
@@ -221,9 +223,10 @@ class StandIns:
             "gcloud",
             """
             echo "$3 $4" >>"$FOLDER/asked"
+            mkdir -p "$FOLDER/a" "$FOLDER/b"
             case "$3 $4" in
             "queued-resources describe") head -n 1 "$FOLDER/states" && sed -i 1d "$FOLDER/states" ;;
-            "tpu-vm scp") for host in a b; do mkdir -p "$FOLDER/$host" && cp "$5" "$FOLDER/$host"; done ;;
+            "tpu-vm scp") for host in a b; do cp "$5" "$FOLDER/$host"; done ;;
             "tpu-vm ssh")
                 for word; do [[ $word != --command=* ]] || command=${word#--command=}; done
                 code=0
@@ -232,6 +235,8 @@ class StandIns:
             esac
             """,
         )
+        self.write("pkill", "exit 1")
+        self.write("pgrep", "exit 1")
         self.write("uv", 'echo "$@" >>"$FOLDER/installed"')
         self.write("python3", 'mkdir -p .uv/bin && cp "$FOLDER/bin/uv" .uv/bin')  # pip install --target=.uv uv
 
@@ -307,7 +312,7 @@ def test_slurm_gives_up(stand_ins):
 
 
 REQUEST = ["queued-resources describe", "queued-resources create", "queued-resources describe"]
-START = ["queued-resources describe", "tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh"]
+START = ["queued-resources describe", "tpu-vm ssh", "tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh"]
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import functools
 import os
 import signal
 import socket
-import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,8 +88,8 @@ def test_two_processes_of_four_devices_share_the_tokens_and_heads_of_every_sampl
 
 def children(pid: int) -> list[int]:
     """The processes of `launch.train` that a process started."""
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
-    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "launch.train" in line]
+    started = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in started if b"launch.train" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def test_a_host_ends_all_its_processes_when_one_dies_and_starts_them_again(on_two_devices, make_run, tmp_path):
