@@ -41,7 +41,7 @@ def lower_step(config: ConfigDict, mesh: Mesh, latent_shape: tuple[int, ...], ph
     shapes = {"latent": (latent_shape, jnp.float32), "text": (text_shape, jnp.float32), "fault": ((), jnp.int32)}
     place = sharding.batch_sharding(mesh)
     batch = {key: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place) for key, (shape, dtype) in shapes.items()}
-    negative: Any = jax.ShapeDtypeStruct(text_shape, jnp.float32, sharding=sharding.replicated(mesh))
+    negative = jax.ShapeDtypeStruct(text_shape, jnp.float32, sharding=sharding.replicated(mesh))
     step, arguments = train.jit_steps(config, network, optimizers, latent_shape, negative, shardings)(phase)
     with jax.default_device(mesh.devices.flat[0]):  # by which attention chooses its kernels
         return step.lower(state, batch, *arguments)

@@ -302,7 +302,7 @@ def jit_steps(
     network: Network,
     optimizers: Optimizers,
     latent_shape: tuple[int, ...],
-    negative: jax.Array,
+    negative: jax.Array | jax.ShapeDtypeStruct,
     shardings: TrainState,
 ) -> StepOf:
     """The two steps of a run; each compiles when its phase first comes. The state is donated."""
