@@ -73,7 +73,13 @@ def main() -> None:
     """Measures every load, prints a Markdown table, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON of all measurements")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps of each load, after two of warm-up")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=10,
+        metavar="N",
+        help="least number of steps of a load, after two of warm-up; short ones take five seconds",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tfds.display_progress_bar(False)
@@ -87,13 +93,13 @@ def main() -> None:
 
 
 def measure(load: Load, name: str, data_dir: str, steps: int) -> dict[str, Any]:
-    """Mean seconds that the host works for a step, and that the accelerator waits, over so many steps."""
+    """Mean seconds that the host works for a step, and that the accelerator waits, over so many steps or more."""
     mesh = sharding.make_mesh()
     source = pipeline.open_source(name, data_dir, "train")
     source = pipeline.InMemory(source) if load.in_memory else source
     batches = pipeline.make_loader(source, batch_size=load.samples, seed=0)
     work, waits, end = [], [], time.perf_counter()
-    for _ in range(steps + 2):
+    for _ in range(max(steps, round(5 / load.seconds)) + 2):
         start, step_before = time.perf_counter(), end
         jax.block_until_ready(train.to_mesh(next(batches), mesh, load.samples))
         now = time.perf_counter()
