@@ -13,7 +13,7 @@ help:
 	@echo "make demo    train, distil, sample and report in runs/demo"
 	@echo "make test    the tests; ARGS='-k config' passes arguments to pytest"
 	@echo "make parity  the tests against PyTorch's diffusers and transformers, which it installs (1.3 GB)"
-	@echo "make lint    ruff and pyright"
+	@echo "make lint    ruff, pyright and shellcheck"
 
 demo: $(RUN_STAMP)
 	$(VENV)/bin/python -m launch.demo --workdir=runs/demo
@@ -28,6 +28,7 @@ lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/shellcheck --external-sources launch/*.sh
 
 # A stamp is written last. Where an install was broken off, or .venv is another Python's, .venv starts afresh.
 $(RUN_STAMP): requirements.txt

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from benchmarks import kernels, processes
 from rcm_jax import media, sharding, train
 from rcm_jax.config import load
-from rcm_jax.methods import guided
-from rcm_jax.models.wan import PRESETS, WanConfig
+from rcm_jax.costs import Operations, pass_operations, step_operations
+from rcm_jax.methods import Recipe, guided
+from rcm_jax.models.wan import PRESETS
 from rcm_jax.schedule import Phase
 
 LATENT = (21, 60, 104)
@@ -88,34 +89,35 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     x = jax.random.normal(keys[0], (1, *latent))
     text, negative = jax.random.normal(keys[1], (2, preset.text_length, preset.text_dim))
     teacher = jax.jit(network.init)(keys[2])
-    counts = operations(preset, preset.tokens(latent))
+    one, recipe = pass_operations(preset, preset.tokens(latent)), train.make_recipe(config, latent)
 
     for part in PASSES:
         if part in arguments.parts:
             run = jax.jit(one_pass(part, network.apply, text, negative))
             operands = (teacher, x, jnp.full((1,), 500.0))
             run = run.lower(*operands).compile()
-            yield time_part(part, run, functools.partial(run, *operands), arguments.repeat, counts)
+            yield time_part(part, run, functools.partial(run, *operands), arguments.repeat, one, recipe)
 
     state = train.create_initial_state(config, networks, optimizers, teacher)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, train.abstract_state(config, networks, optimizers, mesh))
     state = jax.device_put(state, shardings)
     del teacher
-    take_step = train.compile_steps(config, networks, optimizers, latent, negative, shardings)
+    step_of = train.jit_steps(config, networks, optimizers, latent, negative, shardings)
     batch = jax.device_put({"latent": x, "text": text[None]}, sharding.batch_sharding(mesh))
     # The profiler sees what XLA has recorded into a command buffer as one kernel.
     unrecorded = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else None
     for part, (phase, period) in STEPS.items():
         if part in arguments.parts:
-            step = jax.jit(functools.partial(take_step, phase=phase), donate_argnums=0).lower(state, batch)
-            step = step.compile(compiler_options=unrecorded if arguments.profile else None)
+            step, others = step_of(phase)
+            step = step.lower(state, batch, *others).compile(unrecorded if arguments.profile else None)
+            others = [x for x in others if not isinstance(x, frozenset)]  # the names of losses are compiled in
 
-            def run(step=step):
+            def run(step=step, others=others):
                 nonlocal state
-                state, metrics = step(state, batch)
+                state, metrics = step(state, batch, *others)
                 return metrics
 
-            row = time_part(part, step, run, period * -(-arguments.repeat // period), counts)
+            row = time_part(part, step, run, period * -(-arguments.repeat // period), one, recipe)
             yield row | ({"kernels": kernels.profile(run)} if arguments.profile else {})
 
 
@@ -132,7 +134,9 @@ def one_pass(part: str, apply: Callable, text: jax.Array, negative: jax.Array) -
     return value_and_tangent
 
 
-def time_part(part: str, compiled: Any, run: Callable[[], Any], repeat: int, counts: Any) -> dict[str, Any]:
+def time_part(
+    part: str, compiled: Any, run: Callable[[], Any], repeat: int, one: Operations, recipe: Recipe
+) -> dict[str, Any]:
     """A row: mean seconds of `repeat` runs after one, operations, and bytes of temporaries."""
     jax.block_until_ready(run())
     start = time.perf_counter()
@@ -141,32 +145,13 @@ def time_part(part: str, compiled: Any, run: Callable[[], Any], repeat: int, cou
     jax.block_until_ready(results)
     seconds = (time.perf_counter() - start) / repeat
     temporaries = compiled.memory_analysis().temp_size_in_bytes
-    return {"part": part, "seconds": seconds, "tflop": tflop_of(part, *counts), "bytes": temporaries}
+    return {"part": part, "seconds": seconds, "tflop": tflop_of(part, one, recipe), "bytes": temporaries}
 
 
-def tflop_of(part: str, forward: float, tangent: float, gradient: float) -> float:
-    """What a part needs, from what `operations` counts."""
-    scm = 3 * forward + tangent + gradient
-    dmd = (2.5 - 1) * forward + forward + gradient + 3 * forward
-    needed = {
-        "teacher, one pass": forward,
-        "teacher, guided pair": 2 * forward,
-        "student, value and tangent": forward + tangent,
-        "sCM step": scm,
-        "DMD step, mean of 4": dmd,
-        "rCM step, mean of 4": scm + dmd,
-        "critic step, mean of 4": 2.5 * forward + forward + gradient,
-    }
-    return needed[part]
-
-
-def operations(preset: WanConfig, tokens: int) -> tuple[float, float, float]:
-    """TFLOP of a forward pass, of what a tangent adds to it, and of its gradient."""
-    linear = 2 * tokens * (6 * preset.dim**2 + 2 * preset.dim * preset.ffn_dim)
-    linear += 2 * preset.text_length * 2 * preset.dim**2
-    attention = 4 * tokens * (tokens + preset.text_length) * preset.dim
-    forward, tangent, gradient = linear + attention, linear + 2 * attention, 2 * linear + 2.5 * attention
-    return tuple(preset.layers * x * 1e-12 for x in (forward, tangent, gradient))
+def tflop_of(part: str, one: Operations, recipe: Recipe) -> float:
+    """What a part needs, none of it made again."""
+    passes = dict(zip(PASSES, (one.forward, 2 * one.forward, one.forward + one.tangent), strict=True))
+    return passes[part] if part in passes else step_operations(one, STEPS[part][0], recipe)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -84,7 +84,7 @@ def get_config() -> ConfigDict:
             },
             "ema": {"sigma_rel": 0.1},
             # Devices along each axis; -1 takes all that are left. data and fsdp share out the batch, context a sample's
-            # tokens, tensor the heads and widths of layers; fsdp and tensor share out the parameters.
+            # tokens, tensor the heads and widths of layers; all but data share out the parameters.
             "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1},
             # Kept: the newest `keep`, those at multiples of `keep_every` iterations (0: none), and the one with the
             # lowest value of the metric `best` (empty: none), such as "loss_scm".

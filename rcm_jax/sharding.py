@@ -1,8 +1,8 @@
 """The mesh, and where every array of a run lies on it: the only file that names mesh axes.
 
 Four axes, the busiest last, so that its devices are the nearest neighbours. `data` and `fsdp` cut the batch, `context`
-the tokens of a sample; `fsdp` and `tensor` cut the parameters, `tensor` so that every device computes some of the heads
-and of the hidden channels. Slices or hosts that a slow network joins lie along `data`, as far as it reaches.
+the tokens of a sample. All but `data` cut the parameters, `tensor` so that every device computes some of the heads and
+of the hidden channels. Slices or hosts that a slow network joins lie along `data`, as far as it reaches.
 """
 
 import functools
@@ -27,18 +27,19 @@ from rcm_jax.models.blocks import GATHERED, WHOLE, BlockOps
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
 
-SHARED = ("fsdp", "tensor")  # parameters outside the blocks, which every device computes with, are cut by both
+STORED = ("fsdp", "context")  # devices that differ in these alone gather a block's parameters to compute with them
+SHARED = (*STORED, "tensor")  # parameters outside the blocks, which every device computes with, are cut by all
 
 # (pattern of a parameter's dotted path, how its axes lie). Every leaf must match exactly one.
 RULES = (
     # Columns of a device's heads and hidden channels, then the rows that take them (Megatron-LM, arXiv 1909.08053).
-    (r"blocks\.((self|cross)_attn\.(q|k|v|k_img|v_img)|ffn\.up)\.kernel", PartitionSpec(None, "fsdp", "tensor")),
-    (r"blocks\.((self|cross)_attn\.o|ffn\.down)\.kernel", PartitionSpec(None, "tensor", "fsdp")),
-    (r"blocks\.((self|cross)_attn\.(q|k|v|k_img|v_img)|ffn\.up)\.lora_a", PartitionSpec(None, "fsdp", None)),
+    (r"blocks\.((self|cross)_attn\.(q|k|v|k_img|v_img)|ffn\.up)\.kernel", PartitionSpec(None, STORED, "tensor")),
+    (r"blocks\.((self|cross)_attn\.o|ffn\.down)\.kernel", PartitionSpec(None, "tensor", STORED)),
+    (r"blocks\.((self|cross)_attn\.(q|k|v|k_img|v_img)|ffn\.up)\.lora_a", PartitionSpec(None, STORED, None)),
     (r"blocks\.((self|cross)_attn\.(q|k|v|k_img|v_img)|ffn\.up)\.lora_b", PartitionSpec(None, None, "tensor")),
     (r"blocks\.((self|cross)_attn\.o|ffn\.down)\.lora_a", PartitionSpec(None, "tensor", None)),
-    (r"blocks\.((self|cross)_attn\.o|ffn\.down)\.lora_b", PartitionSpec(None, None, "fsdp")),
-    (r"blocks\.modulation_\w+\.\w+\.kernel", PartitionSpec(None, "fsdp", None)),
+    (r"blocks\.((self|cross)_attn\.o|ffn\.down)\.lora_b", PartitionSpec(None, None, STORED)),
+    (r"blocks\.modulation_\w+\.\w+\.kernel", PartitionSpec(None, STORED, None)),
     (r"blocks\.(self_attn|cross_attn|ffn)\.\w+\.(bias|scale)", PartitionSpec()),
     (r"blocks\.norm3\.(bias|scale)", PartitionSpec()),
     # The rows of these are few, and seldom a multiple of 8.
@@ -55,11 +56,9 @@ RULES = (
 )
 
 # XLA's options, beyond its defaults, that let communication overlap computing; only such as JAX 0.10 to 0.12 all know.
-# On TPUs the gathers of weights and the rounds of a ring overlap by default.
-OVERLAP = {
-    "tpu": {"xla_tpu_enable_async_all_to_all": True},
-    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
-}
+# On TPUs the gathers of weights and the rounds of a ring overlap by default; exchanges that do are refused on some v5e
+# slices.
+OVERLAP = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}}
 
 
 def make_mesh(
@@ -194,14 +193,14 @@ def _batch_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
 
 
 def _gather(mesh: Mesh, params: Any) -> Any:
-    """One block's parameters from all devices of the fsdp axis, each of which gets its part of the gradient.
+    """One block's parameters from all devices that store a part, each of which gets its part of the gradient.
 
     Said to XLA, which else moves activations instead, or sums weights up from parts.
     """
 
     def gather(path: Any, leaf: jax.Array) -> jax.Array:
         cut = _match(f"blocks.{_dotted(path)}")[1:]  # of one block: without the axis of the stack
-        whole = [None if axis == "fsdp" else axis for axis in cut]
+        whole = [None if axis == STORED else axis for axis in cut]
         return checkpoint_name(_move(mesh, PartitionSpec(*cut), PartitionSpec(*whole), leaf), GATHERED)
 
     return jax.tree_util.tree_map_with_path(gather, params)

@@ -30,7 +30,7 @@ from rcm_jax.models.wan import PRESETS, Wan
 from rcm_jax.records import RunRecords, warn, write_run_info
 from rcm_jax.schedule import Phase, needs, phase_at, total_iterations
 from rcm_jax.state import Params, TrainState, create_optimizer, create_state, ema_exponent, overlay
-from rcm_jax.steps import Metrics, critic_step, student_step
+from rcm_jax.steps import critic_step, student_step
 
 # The official balance of the losses, 100 : 1, belongs to latents of 16 x 21 x 60 x 104 elements.
 OFFICIAL_ELEMENTS = 16 * 21 * 60 * 104
@@ -60,12 +60,7 @@ def _train(
     stages = parse_stages(config.stages)
     total = total_iterations(stages)
     mesh = sharding.make_mesh(**config.mesh)
-    parts = sharding.batch_parts(mesh)
-    if config.data.batch_size % parts:
-        raise UserError(
-            f"data.batch_size={config.data.batch_size} must be a multiple of mesh.data * mesh.fsdp = {parts}: "
-            f"set it to {-(-config.data.batch_size // parts) * parts}"
-        )
+    check_batch_size(config, mesh)
 
     source = pipeline.open_source(config.data.name, config.data.dir, "train")
     if config.data.in_memory:
@@ -84,7 +79,7 @@ def _train(
     abstract = abstract_state(config, networks, optimizers, mesh)
     negative = negative_text(config, text_shape)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    take_step = compile_steps(config, networks, optimizers, latent_shape, negative, shardings)
+    step_of = jit_steps(config, networks, optimizers, latent_shape, negative, shardings)
 
     progresses()
     checkpoints = Checkpoints(workdir / "checkpoints", **config.checkpoint)
@@ -117,7 +112,8 @@ def _train(
         batch = next(batches)
         report_bad_records(batch, bad_records)
         batch = to_mesh(batch, mesh, config.data.batch_size)
-        state, metrics = take_step(state, batch, phase)
+        step, arguments = step_of(phase)
+        state, metrics = step(state, batch, *arguments)
         window.append(metrics)
         iteration += 1
         trouble = guard.judge(iteration, batch, metrics, last=iteration == total)
@@ -145,6 +141,16 @@ def _train(
     checkpoints.close()
     records.close()
     return state
+
+
+def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError for a batch that the mesh cannot share out."""
+    parts = sharding.batch_parts(mesh)
+    if config.data.batch_size % parts:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} must be a multiple of mesh.data * mesh.fsdp = {parts}: "
+            f"set it to {-(-config.data.batch_size // parts) * parts}"
+        )
 
 
 def create_guard(config: ConfigDict, skipped: int) -> Guard:
@@ -350,18 +356,19 @@ def make_recipe(config: ConfigDict, latent_shape: tuple[int, ...]) -> Recipe:
     )
 
 
-TakeStep = Callable[[TrainState, dict[str, jax.Array], Phase], tuple[TrainState, Metrics]]
+# The jitted step of a phase, and what it takes behind a state and a batch; it returns the new state and its metrics.
+StepOf = Callable[[Phase], tuple[Any, tuple[Any, ...]]]
 
 
-def compile_steps(
+def jit_steps(
     config: ConfigDict,
     networks: Networks,
     optimizers: Optimizers,
     latent_shape: tuple[int, ...],
-    negative: jax.Array,
+    negative: jax.Array | jax.ShapeDtypeStruct,
     shardings: TrainState,
-) -> TakeStep:
-    """The two jitted steps behind one call; each compiles when its phase first comes. The state is donated."""
+) -> StepOf:
+    """The two steps of a run; each compiles when its phase first comes. The state is donated."""
     recipe = make_recipe(config, latent_shape)
 
     # The seed is an argument, so that runs that differ in it alone share one compilation.
@@ -394,21 +401,15 @@ def compile_steps(
 
     seed = np.uint32(config.seed)
     options = sharding.compiler_options(shardings.iteration.mesh)
-    jit = functools.partial(
-        jax.jit,
-        static_argnames="losses",
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-        compiler_options=options,
-    )
-    student, critic = jit(student), jit(critic)
+    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
+    student, critic = jit(student, static_argnums=5), jit(critic, static_argnums=3)
 
-    def take_step(state: TrainState, batch: dict[str, jax.Array], phase: Phase) -> tuple[TrainState, Metrics]:
+    def step_of(phase: Phase) -> tuple[Any, tuple[Any, ...]]:
         if phase.update == "critic":
-            return critic(state, batch, seed, losses=phase.losses)
-        return student(state, batch, seed, np.float32(phase.tangent_ratio), negative, losses=phase.losses)
+            return critic, (seed, phase.losses)
+        return student, (seed, np.float32(phase.tangent_ratio), negative, phase.losses)
 
-    return take_step
+    return step_of
 
 
 def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:

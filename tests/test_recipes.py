@@ -133,3 +133,22 @@ def test_a_wan_recipe_has_the_official_hyper_parameters(name):
     assert recipe.ema_gamma == pytest.approx(6.94, abs=5e-3)
     assert (recipe.scm_weight, recipe.accumulate) == (100.0, 1)
     assert PRESETS[config.model.preset].tokens(WAN_480P) == 32_760
+
+
+def rows_of_slices():
+    """(recipe, where, devices, overrides) of every row of docs/slices.md."""
+    text = (CONFIGS.parent / "docs" / "slices.md").read_text()
+    return re.findall(r"^\| `(\w+)` \| ([\w:]+) \| (\d+) \| `([^`]*)`", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "where", "devices", "overrides"), rows_of_slices())
+def test_a_slice_is_shared_out_without_rest(name, where, devices, overrides):
+    """Each part of a batch gives every group of devices whole samples, and every device heads."""
+    config = read(name, [word.removeprefix("--config.") for word in overrides.split()])
+    shape = where.partition(":")[2]
+    assert int(devices) == (math.prod(map(int, shape.split("x"))) if shape else 8 * int(where))
+    data, fsdp, context, tensor = (config.mesh[axis] for axis in ("data", "fsdp", "context", "tensor"))
+    data = int(devices) // (fsdp * context * tensor) if data == -1 else data
+    assert data * fsdp * context * tensor == int(devices)
+    assert config.data.batch_size % (config.data.accumulate * data * fsdp) == 0
+    assert PRESETS[config.model.preset].heads % tensor == 0

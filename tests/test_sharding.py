@@ -20,7 +20,7 @@ from rcm_jax.models.presets import PRESETS
 from rcm_jax.models.presets import create_network as create_published
 from rcm_jax.train import create_initial_state, create_networks, create_optimizers
 
-SPLITS = [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2}]
+SPLITS = [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"fsdp": 2, "context": 2, "tensor": 2}]
 RECIPES = {"digits": digits_rcm, "wan2.1-t2v-1.3b": wan2_1_t2v_1_3b, "wan2.1-t2v-14b": wan2_1_t2v_14b}
 
 
@@ -54,7 +54,7 @@ def test_every_array_of_a_state_matches_one_rule_and_is_spread_evenly(sizes, nam
         assert len(matches) == (leaf.ndim > 0), dotted(path)
         assert shardings[path].spec == (matches[0] if matches else P())
         is_kernel = path[-1] == jax.tree_util.DictKey("kernel")
-        assert axes_of(shardings[path].spec) == ({"fsdp", "tensor"} if is_kernel else set()), dotted(path)
+        assert axes_of(shardings[path].spec) == ({"fsdp", "context", "tensor"} if is_kernel else set()), dotted(path)
         whole += leaf.size
         spread += math.prod(shardings[path].shard_shape(leaf.shape))
     # Student, EMA, second moment, teacher, fake score and its second moment; what stays whole is small.
@@ -84,7 +84,7 @@ def test_so_is_what_methods_add_to_a_network(sizes):
 def test_what_a_matrix_computes_on_a_device_the_next_one_takes_there(first, then):
     first, then = (spec_of(f"blocks.{name}.kernel", 3) for name in (first, then))
     assert first[2] == then[1] == "tensor"
-    assert first[1] == then[2] == "fsdp"
+    assert first[1] == then[2] == ("fsdp", "context")
 
 
 def spec_of(path, axes):
@@ -120,7 +120,7 @@ def test_a_leaf_with_two_rules_is_an_error(monkeypatch):
         (
             "head.head.kernel",
             (12, 48),
-            "head.head.kernel is cut along 12, not a multiple of mesh.fsdp * mesh.tensor = 8",
+            "head.head.kernel is cut along 12, not a multiple of mesh.fsdp * mesh.context * mesh.tensor = 8",
         ),
         ("blocks.ffn.up.kernel", (2, 8, 6), "blocks.ffn.up.kernel is cut along 6, not a multiple of mesh.tensor = 4"),
     ],

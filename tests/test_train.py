@@ -225,11 +225,11 @@ def test_an_update_draws_anew_for_every_iteration_and_seed_and_follows_the_warm_
 
     def loss(*, seed=0, iteration=0, ratio=0.5):
         config.seed = seed
-        step = training.compile_steps(config, networks, optimizers, (8, 16, 16, 1), jnp.zeros((8, 32)), place)
+        step_of = training.jit_steps(config, networks, optimizers, (8, 16, 16, 1), jnp.zeros((8, 32)), place)
         state = training.init_state(config, networks, optimizers, mesh)
         state = state.replace(iteration=jax.device_put(np.int32(iteration), place.iteration))
-        phase = Phase("student", frozenset({"scm"}), ratio)
-        return float(step(state, training.to_mesh(batch, mesh, 8), phase)[1]["loss"])
+        step, arguments = step_of(Phase("student", frozenset({"scm"}), ratio))
+        return float(step(state, training.to_mesh(batch, mesh, 8), *arguments)[1]["loss"])
 
     losses = [loss(), loss(iteration=1), loss(seed=1), loss(ratio=1.0)]
     assert len(set(losses)) == 4

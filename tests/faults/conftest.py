@@ -26,10 +26,9 @@ TIMEOUT = 240  # seconds after which a run that should have ended fails its test
 
 
 class Process:
-    """A running `launch.train`, and what it printed so far."""
+    """A running command, and what it printed so far."""
 
-    def __init__(self, words: list[str], environment: dict[str, str]):
-        command = [sys.executable, "-m", "launch.train", *words]
+    def __init__(self, command: list[str], environment: dict[str, str]):
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -70,9 +69,15 @@ class Run:
         self.folder, self.workdir, self.checkpoints = folder, workdir, workdir / "checkpoints"
         self._processes = processes
 
-    def start(self, *overrides: str, environment: dict[str, str] | None = None, words: tuple[str, ...] = ()) -> Process:
+    def start(
+        self,
+        *overrides: str,
+        environment: dict[str, str] | None = None,
+        words: tuple[str, ...] = (),
+        program: tuple[str, ...] = (sys.executable, "-m", "launch.train"),
+    ) -> Process:
         settings = [f"data.dir={self.folder}", f"teacher.negative_path={self.folder / 'negative.safetensors'}"]
-        command = [f"--config={RECIPE}", f"--workdir={self.workdir}", *words]
+        command = [*program, f"--config={RECIPE}", f"--workdir={self.workdir}", *words]
         command += [f"--config.{setting}" for setting in (*settings, *overrides)]
         self._processes.append(Process(command, environment or {}))
         return self._processes[-1]

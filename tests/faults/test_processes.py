@@ -1,7 +1,11 @@
 """Several processes of one run, sharded over all: they end together, and any number of them can go on."""
 
+import functools
+import os
 import signal
 import socket
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,3 +84,31 @@ def test_two_processes_of_four_devices_share_the_tokens_and_heads_of_every_sampl
     assert (first.wait(), second.wait()) == (0, 0), first.output + second.output
     expected, found = ([record["loss"] for record in each.records()] for each in (undisturbed, run))
     np.testing.assert_allclose(found, expected[:steps], rtol=1e-5)
+
+
+def children(pid: int) -> list[int]:
+    """The processes of `launch.train` that a process started."""
+    started = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in started if b"launch.train" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def test_a_host_ends_all_its_processes_when_one_dies_and_starts_them_again(on_two_devices, make_run, tmp_path):
+    """SIGTERM to the script: all save and end. Started again, one is killed; then the run goes on by itself."""
+    run = make_run("host")
+    script = ("launch/host.sh", "--processes=2", f"--logs={tmp_path}", "--")
+    start = functools.partial(run.start, *SHARDED, program=script, environment={"PYTHON": sys.executable})
+    host = start()
+    host.wait_until(lambda: 10 in run.saved())
+    host.send_signal(signal.SIGTERM)
+    assert host.wait() == 1, host.output
+    assert host.output.count(f"saved iteration {run.saved()[-1]}, the same command continues") == 2
+
+    ended_at = run.saved()[-1]
+    host = start()
+    host.wait_until(lambda: f"iter {ended_at + 1:2}/40" in host.output)
+    victim, _ = children(host.pid)
+    os.kill(victim, signal.SIGKILL)
+    assert host.wait() == 0, host.output
+    assert host.output.count("start 1 of 20 ended early, the next one continues") == 1
+    run.assert_ends_as(on_two_devices)
+    assert [path.suffixes[-2:] for path in sorted(tmp_path.iterdir())] == [[".0", ".log"], [".1", ".log"]]

@@ -1,0 +1,89 @@
+"""`launch.compile`: tiny steps for TPUs that are not there, sized by libtpu and by hand."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import tiny_recipe
+from launch import compile as launch_compile
+from rcm_jax import plan, sharding, train
+from rcm_jax.config import load
+from rcm_jax.schedule import Phase
+
+RECIPE = tiny_recipe.__file__
+WORDS = [f"--config={RECIPE}", "--config.mesh.fsdp=4"]
+SMALL = ["--latent", "4", "8", "8"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`run(words)` gives exit code and output."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["compile", *words])
+        try:
+            launch_compile.main()
+        except SystemExit as exit_:
+            return exit_.code, capsys.readouterr()
+        finally:
+            jax.config.update("jax_enable_compilation_cache", True)
+
+    return run
+
+
+def test_a_step_that_fits_is_sized(run, tmp_path):
+    code, printed = run(*WORDS, *SMALL, "--topology=v5e:2x2", f"--out={tmp_path / 'plan.json'}")
+    assert code == 0, printed.err
+    numbers = json.loads((tmp_path / "plan.json").read_text())
+    (step,) = numbers["steps"]
+    assert (numbers["devices"], step["step"], step["iterations"]) == (4, "student, flow_matching", 40)
+
+    config = load(RECIPE, ["mesh.fsdp=4"])
+    mesh = sharding.make_mesh(fsdp=4, devices=jax.devices()[:4])
+    state = train.abstract_state(config, train.create_networks(config), train.create_optimizers(config), mesh)
+    held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    # The state, and a batch of two samples; a TPU pads the last two axes of an array to tiles of 8 x 128.
+    assert held < step["memory"]["arguments"] * 2**30 < 3 * held
+    assert step["memory"]["total"] == pytest.approx(sum(list(step["memory"].values())[:-1]))
+    assert sum(step["received_gb"].values()) * 1e9 > held / 3  # of a state that holds student, EMA and optimiser
+    assert step["seconds"]["least"] == max(list(step["seconds"].values())[:-1])
+    assert "student, flow_matching: 40 iterations" in printed.out
+    assert "all fit; 40 iterations take at least" in printed.out
+
+
+def test_a_step_that_does_not_fit_is_said_to_be_too_large(run):
+    code, printed = run(*WORDS, "--latent", "400", "800", "800", "--topology=v5e:2x2")
+    assert code == 1
+    assert "does not fit: RESOURCE_EXHAUSTED" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--topology=v9z:2x2"], "--topology=v9z:2x2: "),
+        (["--topology=v5e"], "name a chip and the shape of its slice, as v5e:8x8"),
+        (
+            ["--topology=v5e:2x4", "--config.data.batch_size=12"],
+            "data.batch_size=12 must be a multiple of mesh.data * mesh.fsdp = 8: set it to 16",
+        ),
+        ([], "the peak rates of 'cpu' are not known: name a slice of TPUs with --topology"),
+    ],
+)
+def test_a_mistake_is_one_line(words, message, run):
+    code, printed = run(f"--config={RECIPE}", *SMALL, *words)
+    assert code == 2
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_the_phases_of_a_run_are_counted():
+    config = load("configs/wan2_1_t2v_1_3b.py", ["stages=rcm:100", "loss.tangent_warmup=20"])
+    student = frozenset({"scm", "dmd"})
+    assert plan.count_phases(config) == {
+        Phase("student", frozenset({"scm"}), 1.0): 20,
+        Phase("student", student, 1.0): 16,
+        Phase("critic", frozenset(), 1.0): 64,
+    }
