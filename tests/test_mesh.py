@@ -139,7 +139,7 @@ def test_samples_do_not_depend_on_the_mesh(name, start):
 
 
 COSMOS = CosmosConfig(
-    dim=48, heads=4, layers=2, rope_scale=(1.0, 3.0, 3.0), in_channels=3, out_channels=2, text_dim=16, lora_dim=4
+    dim=48, heads=4, layers=2, rope_scale=(1.0, 3.0, 3.0), in_channels=3, out_channels=2, text_dim=16, lora_dim=8
 )
 
 
