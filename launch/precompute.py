@@ -29,12 +29,12 @@ from rcm_jax.published import Published, find_published
 
 SHARD_SIZE = 64
 MAX_BAD = 0.01
-_MODEL = {"model", "text_encoder", "tokenizer", "size", "frames", "negative", "dtype", "shard_size"}
+_MODEL = {"model", "text_encoder", "tokenizer", "size", "frames", "negative", "dtype", "shard_size", "encoder_device"}
 _TIMES = {"sampler", "steps", "shift", "sigma_max", "mid_times"}
 _SAMPLING = _TIMES | {"dit", "guidance", "seed", "repeat", "context", "tensor"}
 # What each source takes, and what it needs.
 TAKES = {
-    "videos": _MODEL | {"vae", "fps", "tile"},
+    "videos": _MODEL | {"vae", "fps", "tile", "vae_device"},
     "prompt_file": _MODEL | _SAMPLING,
     "from_tar": {"negative_embedding"},
     "to_tar": {"shard_size"},
@@ -131,8 +131,9 @@ def _open_videos(arguments: Namespace, published: Published, *, size: tuple[int,
     from rcm_jax.models import vae
 
     clips, captions = list_clips(arguments.videos), _open_text(arguments, published)
-    autoencoder = open_autoencoder(arguments.vae, vae.PRESETS[published.vae], dtype=options.check_dtype(arguments))
-    tiled = bool(arguments.tile)
+    tiled, dtype = bool(arguments.tile), options.check_dtype(arguments)
+    device = options.choose_device("--vae-device", arguments.vae_device)
+    autoencoder = open_autoencoder(arguments.vae, vae.PRESETS[published.vae], dtype=dtype, device=device)
     return precompute.from_videos(clips, captions, autoencoder, size=size, fps=fps, tiled=tiled, **shape)
 
 

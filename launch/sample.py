@@ -217,8 +217,10 @@ def _open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
         tokens = tokenize(captions)
     if published.image_encoder:
         preset = clip.PRESETS[published.image_encoder]
-        image_encoder = loading.open_image_encoder(arguments.image_encoder, preset, dtype=dtype)
-    autoencoder = loading.open_autoencoder(arguments.vae, vae.PRESETS[published.vae], dtype=dtype)
+        device = options.choose_device("--encoder-device", arguments.encoder_device)
+        image_encoder = loading.open_image_encoder(arguments.image_encoder, preset, dtype=dtype, device=device)
+    device = options.choose_device("--vae-device", arguments.vae_device)
+    autoencoder = loading.open_autoencoder(arguments.vae, vae.PRESETS[published.vae], dtype=dtype, device=device)
     return inference.Parts(transformer, autoencoder, text_encoder, image_encoder, tokens, embedded)
 
 

@@ -89,12 +89,13 @@ class Settings(NamedTuple):
 
 @contextmanager
 def on_device(loadable: Loadable) -> Iterator[Params]:
-    """The network's parameters on the default device, freed at the end."""
-    params = jax.device_put(loadable.load())
-    try:
-        yield params
-    finally:
-        jax.tree.map(lambda leaf: leaf.delete(), params)
+    """The network's parameters on its device, where what is computed meanwhile runs, freed at the end."""
+    with jax.default_device(loadable.device):
+        params = jax.device_put(loadable.load())
+        try:
+            yield params
+        finally:
+            jax.tree.map(lambda leaf: leaf.delete(), params)
 
 
 def read_embeddings(path: Path, config: Config) -> dict[str, np.ndarray]:

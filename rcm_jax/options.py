@@ -55,6 +55,8 @@ def add_parts(group: Any) -> list[str]:
             ("sigma-max", "X", float, "noise level at which a distilled model starts"),
             ("mid-times", "T,T", str, "TrigFlow times of a distilled model's later steps"),
             ("dtype", "NAME", str, "bfloat16 (default) or float32"),
+            ("encoder-device", "N", int, "which device encodes captions, and images for CLIP (default: 0)"),
+            ("vae-device", "N", int, "which device runs the autoencoder (default: 0)"),
             ("context", "N", int, "devices that share out a video's tokens (default: 1)"),
             ("tensor", "N", int, "devices, times those, that share out the network's heads (default: 1)"),
         )
@@ -162,6 +164,16 @@ def make_mesh(arguments: Namespace) -> "Mesh":
     return sharding.make_mesh(data=1, context=context, tensor=tensor, devices=devices[:count])
 
 
+def choose_device(option: str, number: int | None) -> Any:
+    """The device of a number; None for none. Raises UserError if there is no such device."""
+    import jax
+
+    count = len(jax.devices())
+    if number is not None and not 0 <= number < count:
+        raise UserError(f"{option} {number} must be one of the {count} devices: 0 to {count - 1}")
+    return None if number is None else jax.devices()[number]
+
+
 def positive(option: str, value: int) -> int:
     """The value. Raises UserError if it is less than 1."""
     if value < 1:
@@ -183,7 +195,8 @@ def open_text_encoder(
     from rcm_jax.models import umt5
 
     tokenize, preset = load_tokenizer(arguments.tokenizer, length=length), umt5.PRESETS[published.text_encoder]
-    encoder = loading.open_text_encoder(arguments.text_encoder, preset, dtype=jnp.dtype(check_dtype(arguments)))
+    device, dtype = choose_device("--encoder-device", arguments.encoder_device), jnp.dtype(check_dtype(arguments))
+    encoder = loading.open_text_encoder(arguments.text_encoder, preset, dtype=dtype, device=device)
     if published.text_encoder == "umt5-xxl":
         return lambda captions: tokenize([clean_prompt(caption) for caption in captions]), encoder
     return tokenize, encoder

@@ -177,7 +177,7 @@ def test_an_interrupted_command_goes_on(last, tmp_path, of_videos, read, capsys)
     read.clear()
     read.last = None
     data_set = run(tmp_path / "broken", *of_videos)
-    assert sorted(read) == list(range(last // 2 * 2, 5))
+    assert set(read) == set(range(last // 2 * 2, 5))  # the broken command's readers may still end what they began
     assert contents(data_set) == expected
     assert [path.name for path in data_set.parent.iterdir()] == ["mine"]
     capsys.readouterr()

@@ -1,5 +1,6 @@
 """launch.sample with tiny networks in the published layouts: files, their metadata, mistakes answered in one line."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -175,6 +176,24 @@ def test_several_devices_sample_the_video_of_one(tmp_path, parts):
     (alone,), (spread,) = run(tmp_path / "1", *words), run(tmp_path / "4", *words, "--context=2", "--tensor=2")
     difference = np.abs(frames_of(alone).astype(int) - frames_of(spread))
     assert difference.max() <= 2
+
+
+def test_parts_run_where_they_are_told(tmp_path, parts, monkeypatch):
+    """And give the same video."""
+    words = ["--model=wan2.1-t2v", f"--dit={write_wan(tmp_path / 'dit', WAN)}", *parts, "--steps=1", "--prompt=a cat"]
+    (alone,) = run(tmp_path / "1", *words)
+    seen, on_device = [], inference.on_device
+
+    @contextlib.contextmanager
+    def watched(loadable):
+        with on_device(loadable) as params:
+            seen.extend(jax.tree.leaves(params)[0].devices())
+            yield params
+
+    monkeypatch.setattr(inference, "on_device", watched)
+    (placed,) = run(tmp_path / "3", *words, "--encoder-device=3", "--vae-device=5")
+    assert seen == [jax.devices()[3], jax.devices()[5]]
+    np.testing.assert_array_equal(frames_of(placed), frames_of(alone))
 
 
 def test_a_distilled_model_makes_an_image(tmp_path, parts):

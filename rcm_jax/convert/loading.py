@@ -32,10 +32,11 @@ _EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transforme
 
 
 class Loadable(NamedTuple):
-    """A network, and a function that reads its parameters into the host's memory."""
+    """A network, a function that reads its parameters into the host's memory, and the device, perhaps the default."""
 
     network: Network
     load: Callable[[], Params]
+    device: Any = None
 
 
 class Transformer(NamedTuple):
@@ -101,32 +102,38 @@ def open_transformer(
     return Transformer(model, config, network, loads, boundary, mesh)
 
 
-def open_autoencoder(path: Path, config: VAEConfig, *, dtype: Any = jnp.float32) -> Autoencoder:
+def open_autoencoder(path: Path, config: VAEConfig, *, dtype: Any = jnp.float32, device: Any = None) -> Autoencoder:
     """Opens an autoencoder in Wan's layout or diffusers' and checks every tensor's shape; UserError if it is none."""
     tensors = open_source(path).tensors
     table = vae_table(config, "wan" if "encoder.conv1.weight" in tensors else "diffusers")
     whole = _open(path, tensors, lambda rngs: VAE(config, dtype=dtype, rngs=rngs), table)
+    encoder = functional(lambda rngs: Encoder(config, dtype=dtype, rngs=rngs))
+    decoder = functional(lambda rngs: Decoder(config, dtype=dtype, rngs=rngs))
     return Autoencoder(
         config,
-        Loadable(functional(lambda rngs: Encoder(config, dtype=dtype, rngs=rngs)), lambda: whole.load()["encoder"]),
-        Loadable(functional(lambda rngs: Decoder(config, dtype=dtype, rngs=rngs)), lambda: whole.load()["decoder"]),
+        Loadable(encoder, lambda: whole.load()["encoder"], device),
+        Loadable(decoder, lambda: whole.load()["decoder"], device),
     )
 
 
-def open_text_encoder(path: Path, config: T5Config, *, dtype: Any = jnp.float32) -> Loadable:
+def open_text_encoder(path: Path, config: T5Config, *, dtype: Any = jnp.float32, device: Any = None) -> Loadable:
     """Opens a text encoder in Wan's layout or transformers', as `open_autoencoder` does."""
     tensors = without_copies(open_source(path).tensors)
     table = t5_table(config, "wan" if "token_embedding.weight" in tensors else "transformers")
-    return _open(path, tensors, lambda rngs: T5Encoder(config, dtype=dtype, rngs=rngs), table, dtype)
+    return _open(path, tensors, lambda rngs: T5Encoder(config, dtype=dtype, rngs=rngs), table, dtype)._replace(
+        device=device
+    )
 
 
-def open_image_encoder(path: Path, config: CLIPConfig, *, dtype: Any = jnp.float32) -> Loadable:
+def open_image_encoder(path: Path, config: CLIPConfig, *, dtype: Any = jnp.float32, device: Any = None) -> Loadable:
     """Opens an image encoder in Wan's layout or transformers', as `open_autoencoder` does."""
     tensors = open_source(path).tensors
     is_wan = any(name.startswith("visual.") for name in tensors)
     tensors = split_qkv(tensors) if is_wan else with_prefix(tensors)
     table = clip_table("wan" if is_wan else "transformers")
-    return _open(path, tensors, lambda rngs: ImageEncoder(config, dtype=dtype, rngs=rngs), table, dtype)
+    return _open(path, tensors, lambda rngs: ImageEncoder(config, dtype=dtype, rngs=rngs), table, dtype)._replace(
+        device=device
+    )
 
 
 def _open(
@@ -135,11 +142,12 @@ def _open(
     create: Callable[[nnx.Rngs], nnx.Module],
     table: Table,
     dtype: Any = jnp.float32,
+    device: Any = None,
 ) -> Loadable:
     network = functional(create)
     abstract = in_dtype(network.abstract_params(), dtype)
     check_tensors(tensors, abstract, table, source=str(path))
-    return Loadable(network, lambda: params_from_published(tensors, abstract, table, source=str(path)))
+    return Loadable(network, lambda: params_from_published(tensors, abstract, table, source=str(path)), device)
 
 
 def in_dtype(abstract_params: Params, dtype: Any) -> Params:
