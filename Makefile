@@ -19,7 +19,7 @@ demo: $(RUN_STAMP)
 	$(VENV)/bin/python -m launch.demo --workdir=runs/demo
 
 test: $(DEV_STAMP)
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 parity: $(PARITY_STAMP)
 	$(VENV)/bin/python -m pytest tests/parity $(ARGS)
