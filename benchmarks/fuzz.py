@@ -2,10 +2,9 @@
 
     python -m benchmarks.fuzz --examples=100000 --out=benchmarks/results/fuzz.json
 
-For overrides of the config, prompts, prompt files, safetensors files and .tar shards, hypothesis makes that many inputs
-each. Any
-other exception, a message of several lines or of more than a few screens, or a file left behind ends it with the
-smallest input that shows the fault.
+For overrides of the config, prompts, prompt files, safetensors files, PyTorch's files and .tar shards, hypothesis makes
+that many inputs each. Any other exception, a message of several lines or of more than a few screens, or a file left
+behind ends it with the smallest input that shows the fault. Results of kinds that are not asked for stay in the file.
 """
 
 import argparse
@@ -16,6 +15,7 @@ import platform
 import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from hypothesis import strategies as st
 from rcm_jax import media
 from rcm_jax.checkpoint import load_safetensors
 from rcm_jax.config import LONGEST_MESSAGE, UserError, load
-from rcm_jax.convert.torch_file import encode_tensor
+from rcm_jax.convert.tensors import LazyTensor
+from rcm_jax.convert.torch_file import Region, encode_tensor, read_value
 from rcm_jax.data import tar_file, tar_shards, text
 from rcm_jax.data.samples import BadSampleError
 from rcm_jax.options import read_prompts
@@ -77,11 +78,21 @@ def safetensors_files(draw: st.DrawFn) -> bytes:
         header[entry] = draw(entries.map(header[entry].__or__) | words)
     coded = json.dumps(header).encode()
     length = draw(mostly(len(coded), st.integers(0, 2**64 - 1) | st.integers(0, 300)))
-    data = bytearray(length.to_bytes(8, "little") + coded + SOUND[-24:])
-    for place, value in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=2)):
-        data[place] = value
-    data = bytes(data[: draw(mostly(len(data), st.integers(0, len(data))))])
-    return draw(mostly(data, st.binary(max_size=60)))
+    return draw(damaged(length.to_bytes(8, "little") + coded + SOUND[-24:]))
+
+
+SOUND_PT = encode_tensor(np.arange(6, dtype=np.float32).reshape(2, 3))
+
+
+@st.composite
+def torch_files(draw: st.DrawFn) -> bytes:
+    """A sound file with another pickle in a whole archive, other bytes or an early end; or bytes at random."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(SOUND_PT)) as sound, zipfile.ZipFile(file, "w") as archive:
+        for name in sound.namelist():
+            content = sound.read(name)
+            archive.writestr(name, draw(damaged(content)) if draw(st.booleans()) else content)
+    return draw(mostly(file.getvalue(), damaged(file.getvalue())))
 
 
 def sound_tar() -> bytes:
@@ -125,10 +136,17 @@ def tar_files(draw: st.DrawFn) -> bytes:
         if draw(mostly(True, st.just(False))):
             data[at + 148 : at + 156] = b" " * 8
             data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + tar_file.BLOCK])
+    return draw(damaged(bytes(data)))
+
+
+@st.composite
+def damaged(draw: st.DrawFn, sound: bytes) -> bytes:
+    """Other bytes or an early end, mostly neither; or bytes at random."""
+    data = bytearray(sound)
     for place, value in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=2)):
         data[place] = value
     data = bytes(data[: draw(mostly(len(data), st.integers(0, len(data))))])
-    return draw(mostly(data, st.binary(max_size=1200)))
+    return draw(mostly(data, st.binary(max_size=100)))
 
 
 def mostly(value: Any, others: st.SearchStrategy) -> st.SearchStrategy:
@@ -166,6 +184,13 @@ def read_safetensors(data: bytes, folder: Path) -> None:
     assert sum(tensor.nbytes for tensor in tensors.values()) <= len(data)
 
 
+def read_torch(data: bytes, folder: Path) -> None:
+    (folder / "input").write_bytes(data)
+    value = read_value(Region(folder / "input"))
+    if isinstance(value, LazyTensor):
+        value.read()
+
+
 def read_tar(data: bytes, folder: Path) -> None:
     (folder / "input").write_bytes(data)
     for shard in tar_shards.open_shards([folder / "input"]):
@@ -181,6 +206,7 @@ TARGETS: dict[str, tuple[Callable, st.SearchStrategy]] = {
     "prompts": (read_prompt, st.text() | st.text(max_size=5).map(lambda part: part * 5000)),
     "prompt files": (read_prompt_file, st.binary() | st.text().map(str.encode)),
     "safetensors files": (read_safetensors, safetensors_files()),
+    "PyTorch files": (read_torch, torch_files()),
     "tar shards": (read_tar, tar_files()),
 }
 
@@ -190,14 +216,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=100_000, metavar="N", help="inputs of each kind")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a JSON file for the result")
+    parser.add_argument("--kinds", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="KIND", help="of inputs")
     arguments = parser.parse_args()
     machine = (
         f"{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, jax {jax.__version__}"
     )
-    result = {"machine": machine} | {name: fuzz(*target, arguments.examples) for name, target in TARGETS.items()}
-    print(json.dumps(result, indent=2))
-    if arguments.out:
-        media.write_file(arguments.out, json.dumps(result, indent=2).encode() + b"\n")
+    result = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
+    for kind in arguments.kinds:
+        result |= {"machine": machine, kind: fuzz(*TARGETS[kind], arguments.examples)}
+        print(f"{kind}: {result[kind]}", flush=True)
+        if arguments.out:
+            media.write_file(arguments.out, json.dumps(result, indent=2).encode() + b"\n")
 
 
 def check_message(message: str) -> None:

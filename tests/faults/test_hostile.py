@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.fuzz import TARGETS
 from launch import sample, train
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +108,7 @@ def test_inputs_by_the_hundred_are_read_or_refused_in_one_line(tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     counts = json.loads(out.read_text())
-    for target in ("config overrides", "prompts", "prompt files", "safetensors files", "tar shards"):
+    for target in TARGETS:
         assert counts[target]["read"] > 0 < counts[target]["refused"]
 
 
