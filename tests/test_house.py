@@ -140,7 +140,7 @@ def make(tmp_path: Path) -> Make:
 
 
 DEMO = "-m launch.demo --workdir=runs/demo"
-TEST = "-m pytest -n auto --dist loadfile -x"
+TEST = "-m pytest -n auto --dist loadfile --no-loadscope-reorder -x"
 
 
 def test_make_installs_once_and_again_when_requirements_change(make: Make):
