@@ -120,9 +120,7 @@ def open_text_encoder(path: Path, config: T5Config, *, dtype: Any = jnp.float32,
     """Opens a text encoder in Wan's layout or transformers', as `open_autoencoder` does."""
     tensors = without_copies(open_source(path).tensors)
     table = t5_table(config, "wan" if "token_embedding.weight" in tensors else "transformers")
-    return _open(path, tensors, lambda rngs: T5Encoder(config, dtype=dtype, rngs=rngs), table, dtype)._replace(
-        device=device
-    )
+    return _open(path, tensors, lambda rngs: T5Encoder(config, dtype=dtype, rngs=rngs), table, dtype, device)
 
 
 def open_image_encoder(path: Path, config: CLIPConfig, *, dtype: Any = jnp.float32, device: Any = None) -> Loadable:
@@ -131,9 +129,7 @@ def open_image_encoder(path: Path, config: CLIPConfig, *, dtype: Any = jnp.float
     is_wan = any(name.startswith("visual.") for name in tensors)
     tensors = split_qkv(tensors) if is_wan else with_prefix(tensors)
     table = clip_table("wan" if is_wan else "transformers")
-    return _open(path, tensors, lambda rngs: ImageEncoder(config, dtype=dtype, rngs=rngs), table, dtype)._replace(
-        device=device
-    )
+    return _open(path, tensors, lambda rngs: ImageEncoder(config, dtype=dtype, rngs=rngs), table, dtype, device)
 
 
 def _open(
