@@ -146,7 +146,7 @@ def damaged(draw: st.DrawFn, sound: bytes) -> bytes:
     for place, value in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=2)):
         data[place] = value
     data = bytes(data[: draw(mostly(len(data), st.integers(0, len(data))))])
-    return draw(mostly(data, st.binary(max_size=100)))
+    return draw(mostly(data, st.binary(max_size=1200)))
 
 
 def mostly(value: Any, others: st.SearchStrategy) -> st.SearchStrategy:
