@@ -31,7 +31,8 @@ tpu7x:*) accelerator=tpu7x ;;
 *) fail "--topology=$topology must be v5e, v5p, v6e or tpu7x and a shape, as v5p:4x4x4" ;;
 esac
 shape=${topology#*:}
-[[ $shape =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || fail "--topology=$topology must end in a shape, as v5p:4x4x4"
+[[ $shape =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || fail "--topology=$topology must end in a shape, as v5p:4x4x4"
+((${shape//x/*} % 4 == 0)) || fail "--topology=$topology must have a multiple of four chips, as v5p:2x2x1"
 hosts=$((${shape//x/*} / 4)) # each host of a slice of several has four chips
 
 # The words as a YAML list. Kubernetes would replace "$(NAME)"; "$$" stands for a dollar.

@@ -158,6 +158,12 @@ END
             WORDS,
             "--topology=v5p:all must end in a shape",
         ),
+        (
+            "gke",
+            ["--name=n", "--topology=v5e:1x1", "--image=i", "--volume=v"],
+            WORDS,
+            "--topology=v5e:1x1 must have a multiple of four chips",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(script, options, words, message):
