@@ -5,7 +5,7 @@
 Batch 1, latents of 21 x 60 x 104, the recipe of configs/wan2_1_t2v_1_3b.py. The steps are those that `launch.train`
 compiles. Utilisation counts the operations of the model's products and attention, none that are made again, over
 the `--peak` of the device. With --rcm, a clone of https://github.com/NVlabs/rcm, its PyTorch networks make the same
-calls on the same device (benchmarks/official.py). With --profile the kernels of the sCM step are listed.
+calls on the same device (benchmarks/official.py). With --profile the kernels of each step are listed.
 """
 
 import argparse
