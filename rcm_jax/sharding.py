@@ -55,6 +55,9 @@ RULES = (
     (r"(blocks|head)\.modulation", PartitionSpec()),
 )
 
+# The parameters of a block that are multiplied in the network's dtype, whatever they are stored in.
+MATRICES = r"(self_attn|cross_attn|ffn)\.\w+\.(kernel|lora_a|lora_b)"
+
 # XLA's options, beyond its defaults, that let communication overlap computing; only such as JAX 0.10 to 0.12 all know.
 # On TPUs the gathers of weights and the rounds of a ring overlap by default; exchanges that do are refused on some v5e
 # slices.
@@ -119,11 +122,12 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate(held))
 
 
-def block_ops(mesh: Mesh | None, heads: int, ulysses: int = 0) -> BlockOps:
+def block_ops(mesh: Mesh | None, heads: int, ulysses: int = 0, dtype: Any = jnp.float32) -> BlockOps:
     """Blocks of so many heads over the mesh: kernels, which XLA cannot split, and what it should not choose itself.
 
     `ulysses` neighbours along the context axis exchange heads for tokens, as many as possible if it is 0; keys go round
-    the others in a ring. Tokens need not divide. A mesh of one device, or none, changes nothing.
+    the others in a ring. Tokens need not divide. Matrices travel in `dtype`, which they are multiplied in. A mesh of
+    one device, or none, changes nothing.
 
     Raises UserError if the tensor axis does not divide the heads, or `ulysses` the context axis and a device's heads.
     """
@@ -151,7 +155,7 @@ def block_ops(mesh: Mesh | None, heads: int, ulysses: int = 0) -> BlockOps:
         spec = PartitionSpec(_batch_axes(mesh, len(x_BLD)), "context", None)
         return lax.with_sharding_constraint(x_BLD, NamedSharding(mesh, spec))
 
-    return BlockOps(attention, given, place, functools.partial(_gather, mesh))
+    return BlockOps(attention, given, place, functools.partial(_gather, mesh, dtype))
 
 
 def _split_attention(function: Callable[..., Any], mesh: Mesh, ulysses: int, q, k, v, *kept: jax.Array) -> Any:
@@ -192,13 +196,14 @@ def _batch_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
     return BATCH if rows % batch_parts(mesh) == 0 else None
 
 
-def _gather(mesh: Mesh, params: Any) -> Any:
+def _gather(mesh: Mesh, dtype: Any, params: Any) -> Any:
     """One block's parameters from all devices that store a part, each of which gets its part of the gradient.
 
     Said to XLA, which else moves activations instead, or sums weights up from parts.
     """
 
     def gather(path: Any, leaf: jax.Array) -> jax.Array:
+        leaf = leaf.astype(dtype) if re.fullmatch(MATRICES, _dotted(path)) else leaf
         cut = _match(f"blocks.{_dotted(path)}")[1:]  # of one block: without the axis of the stack
         whole = [None if axis == STORED else axis for axis in cut]
         return checkpoint_name(_move(mesh, PartitionSpec(*cut), PartitionSpec(*whole), leaf), GATHERED)
@@ -207,6 +212,7 @@ def _gather(mesh: Mesh, params: Any) -> Any:
 
 
 def _move_value(mesh: Mesh, home: PartitionSpec, away: PartitionSpec, x: jax.Array) -> jax.Array:
+    x = lax.with_sharding_constraint(x, NamedSharding(mesh, home))  # what travels is x, not what it was cast from
     return lax.with_sharding_constraint(x, NamedSharding(mesh, away))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import reference
-from rcm_jax.models import cosmos, layers, wan
+from rcm_jax.models import blocks, cosmos, layers, wan
 from rcm_jax.models.cosmos import CosmosConfig
 from rcm_jax.models.presets import create_network
 from rcm_jax.models.wan import WanConfig
@@ -28,9 +28,10 @@ class Case(NamedTuple):
     time: jax.Array
     inputs: dict[str, jax.Array]
 
-    def apply(self, params, x, time, *, mode="reverse", dtype=jnp.float32):
+    def apply(self, params, x, time, *, mode="reverse", dtype=jnp.float32, remat="none"):
         text = normal(1, len(x), 5, self.config.text_dim)
-        return create_network(self.config, dtype=dtype).apply(params, x, time, text, mode=mode, **self.inputs)
+        network = create_network(self.config, dtype=dtype, remat=remat)
+        return network.apply(params, x, time, text, mode=mode, **self.inputs)
 
     @property
     def x(self):
@@ -97,8 +98,9 @@ def plain_blocks(block, params, x, time, text, *, mode, remat, ops):
     """blocks.run_blocks without its scan and derivative rules: a loop, and attention as its formula reads."""
     del mode, remat, ops
     attend = lambda q, k, v: reference.forward(q, k, v, scale=q.shape[-1] ** -0.5)[0]  # noqa: E731
+    inside = blocks.Inside(attend, keep=lambda y: y)
     for layer in range(len(jax.tree.leaves(params)[0])):
-        x = block(jax.tree.map(lambda leaf: leaf[layer], params), x, time, text, attend)  # noqa: B023
+        x = block(jax.tree.map(lambda leaf: leaf[layer], params), x, time, text, inside)  # noqa: B023
     return x
 
 

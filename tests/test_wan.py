@@ -67,20 +67,20 @@ def reverse_gradient(remat):
     return jax.grad(lambda params, x: weigh(net.apply(params, x, TIME, TEXT)), argnums=(0, 1))
 
 
-def value_and_tangent(params, x=X):
+def value_and_tangent(params, x=X, remat="none"):
     """Of the forward mode, along tangents of the latent and the time."""
-    apply = lambda x, time: build().apply(params, x, time, TEXT, mode="forward")  # noqa: E731
+    apply = lambda x, time: build(remat=remat).apply(params, x, time, TEXT, mode="forward")  # noqa: E731
     return jax.jvp(apply, (x, TIME), (X_TANGENT, TIME_TANGENT))
 
 
-def shared_gradient(params, x):
-    """Gradient of the primal of the jvp, and the tangent that came with it."""
+def shared_gradient(remat):
+    """(params, x) -> gradient of the primal of the jvp, and the tangent that came with it."""
 
     def loss(params, x):
-        value, tangent = value_and_tangent(params, x)
+        value, tangent = value_and_tangent(params, x, remat)
         return weigh(value), tangent
 
-    return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +103,9 @@ def plain_blocks(block, params, x, modulation, text, *, mode, remat, ops):
     """blocks.run_blocks without its scan and derivative rules: a loop, and attention as its formula reads."""
     del mode, remat, ops
     attend = lambda q, k, v: reference.forward(q, k, v, scale=q.shape[-1] ** -0.5)[0]  # noqa: E731
+    inside = blocks.Inside(attend, keep=lambda y: y)
     for layer in range(CONFIG.layers):
-        x = block(jax.tree.map(lambda leaf: leaf[layer], params), x, modulation, text, attend)  # noqa: B023
+        x = block(jax.tree.map(lambda leaf: leaf[layer], params), x, modulation, text, inside)  # noqa: B023
     return x
 
 
@@ -149,7 +150,10 @@ def calls(monkeypatch):
     return count
 
 
-@pytest.mark.parametrize(("remat", "forwards"), [("none", 1), ("attention", 1), ("block", 2)])
+FORWARDS = {"none": 1, "linear": 1, "attention": 1, "block": 2, "offload": 1}  # attention's, of each policy
+
+
+@pytest.mark.parametrize(("remat", "forwards"), FORWARDS.items())
 def test_a_remat_policy_keeps_the_gradient_and_only_block_runs_attention_again(
     remat, forwards, params, gradient, calls
 ):
@@ -158,11 +162,25 @@ def test_a_remat_policy_keeps_the_gradient_and_only_block_runs_attention_again(
     assert calls == {"forward": forwards * ATTENTIONS, "forward_with_tangent": 0, "backward": ATTENTIONS}
 
 
-def test_one_forward_pass_gives_value_tangent_and_the_plain_gradient(params, gradient, plain, calls):
-    found, tangent = fast_jit(shared_gradient)(params, X)
+@pytest.mark.parametrize(("remat", "forwards"), FORWARDS.items())
+def test_one_forward_pass_gives_value_tangent_and_the_plain_gradient(remat, forwards, params, gradient, plain, calls):
+    found, tangent = fast_jit(shared_gradient(remat))(params, X)
     assert_close(found, gradient, 1e-5)
     assert_close(tangent, plain[1], 3e-6)
-    assert calls == {"forward": 0, "forward_with_tangent": ATTENTIONS, "backward": ATTENTIONS}
+    counts = {"forward": (forwards - 1) * ATTENTIONS, "forward_with_tangent": ATTENTIONS, "backward": ATTENTIONS}
+    assert calls == counts
+
+
+def test_products_are_made_again_unless_the_policy_keeps_them(params):
+    """By XLA's count of operations, which takes the body of a loop once: a block's products, rows x in x out x 2."""
+
+    def count(remat):
+        return fast_jit(shared_gradient(remat)).lower(params, X).compile().cost_analysis()["flops"]
+
+    rows, text_rows, c = 2 * 8, 2 * CONFIG.text_length, CONFIG
+    products = 2 * (rows * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + text_rows * 2 * c.dim**2)
+    assert count("attention") - count("linear") == pytest.approx(products, rel=0.05)  # and a few elements
+    assert count("none") == count("linear")
 
 
 @pytest.mark.parametrize("wrt", ["parameters", "latent"])
@@ -173,12 +191,17 @@ def test_plain_grad_in_forward_mode_names_the_other_mode(wrt, params):
         jax.grad(loss, argnums=argument)(params, X)
 
 
+def test_a_jvp_in_reverse_mode_names_the_other_mode(params):
+    with pytest.raises(TypeError, match="for jax.jvp call the network with mode='forward'"):
+        jax.jvp(lambda x: build().apply(params, x, TIME, TEXT), (X,), (X_TANGENT,))
+
+
 @pytest.mark.parametrize(
     ("mode", "remat", "setting"), [("both", "none", "mode='both'"), ("reverse", "all", "remat='all'")]
 )
 def test_an_unknown_mode_or_policy_is_an_error(mode, remat, setting):
     unchecked = blocks.run_blocks.__wrapped__  # without the type checker, as users run it
-    with pytest.raises(ValueError, match=f"{setting} must be '"):
+    with pytest.raises(ValueError, match=f"{setting} must be "):
         unchecked(plain_blocks, {}, X, X, TEXT, mode=mode, remat=remat, ops=blocks.WHOLE)
 
 

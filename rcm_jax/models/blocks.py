@@ -7,25 +7,46 @@ Two modes, because JAX's derivative rules for attention come in two kinds (see p
 `mode="forward"` is for `jax.jvp` with respect to the activations and the gradient, with respect to the parameters,
 of the *primal* output of that jvp. It is what the sCM loss needs: student value, tangent and gradient from one
 student forward. Differentiating the scan of jvps itself is right but slow, since JAX then also carries the tangent
-chain backwards. So the stack has one rule of its own: forwards, `jax.jvp` of each block, keeping the block's input
-and its attention outputs; backwards, `jax.vjp` of each block with the attention outputs *given*, so that no
-attention forward, and no tangent, runs again.
+chain backwards. So the stack has one rule of its own: forwards, `jax.jvp` of each block, keeping the block's
+input and what `remat` says; backwards, `jax.vjp` of each block with what was kept *given*, so that neither it nor the
+tangent runs again.
+
+What is kept for the backward pass, by `remat`; the rest is computed again:
+
+- "none": everything, in reverse mode; in forward mode as "linear";
+- "linear": the outputs of attention and of the matrix products of a block;
+- "attention": the outputs of attention;
+- "block": the inputs of blocks alone;
+- "offload": the inputs of blocks and the outputs of attention, in the host's memory.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 import pallas_kernels
-from pallas_kernels.refusals import forward_only
+from pallas_kernels.refusals import forward_only, reverse_only
 
 Mode = Literal["reverse", "forward"]
-Remat = Literal["none", "block", "attention"]
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Remat = Literal["none", "linear", "attention", "block", "offload"]
+Keep = Callable[[jax.Array], jax.Array]
+
+
+class Inside(NamedTuple):
+    """What a block calls where a backward pass may keep results.
+
+    Attributes:
+        attend: (q, k, v) -> attention's output.
+        keep: passes on the output of a matrix product.
+    """
+
+    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    keep: Keep
 
 
 class BlockOps(NamedTuple):
@@ -44,17 +65,21 @@ class BlockOps(NamedTuple):
 
 
 WHOLE = BlockOps()
-GATHERED = "gathered_params"  # checkpoint name of what `gather` returns: gathered again in the backward pass, not kept
+# Checkpoint names, beside those of attention's outputs.
+GATHERED = "gathered_params"  # of what `gather` returns: gathered again in the backward pass, not kept
+INPUT, LINEAR = "block_input", "linear_out"
+ATTENTION = ("attention_out", "attention_lse")
 
 ERROR_GRAD = (
     "mode='forward' pushes tangents of the latent and the time only; for a gradient outside jax.jvp, or with respect to"
     " parameters or text, call the network with mode='reverse'"
 )
+ERROR_JVP = "mode='reverse' is for values and jax.grad: for jax.jvp call the network with mode='forward'"
 ERROR_TANGENT = "the tangent of mode='forward' is a constant: differentiate the primal output of jax.jvp only"
 
-# (params, x_BLD, modulation, text_BSD, attend) -> x_BLD: one block, with its attention op as an argument. The time
-# comes in through `modulation`, an array of any shape; an image's tokens may precede the caption's in `text_BSD`.
-Block = Callable[[Any, jax.Array, jax.Array, jax.Array, Attend], jax.Array]
+# (params, x_BLD, modulation, text_BSD, inside) -> x_BLD: one block. The time comes in through `modulation`, an array of
+# any shape; an image's tokens may precede the caption's in `text_BSD`.
+Block = Callable[[Any, jax.Array, jax.Array, jax.Array, Inside], jax.Array]
 
 
 def run_blocks(
@@ -72,9 +97,12 @@ def run_blocks(
 
     Raises ValueError for an unknown mode or remat policy, TypeError for a derivative `mode` does not serve.
     """
+    if remat not in get_args(Remat):
+        raise ValueError(f"{remat=} must be one of {', '.join(get_args(Remat))}")
     if mode == "forward":
-        return _forward_mode(block, ops)(params, x_BLD, modulation, text_BSD)
+        return _forward_mode(block, remat, ops)(params, x_BLD, modulation, text_BSD)
     if mode == "reverse":
+        x_BLD, modulation, text_BSD = (reverse_only(a, ERROR_JVP) for a in (x_BLD, modulation, text_BSD))
         return _scan_blocks(block, params, x_BLD, modulation, text_BSD, remat, ops)
     raise ValueError(
         f"{mode=} must be 'reverse' (values and gradients) or 'forward' (jax.jvp and gradients through it)"
@@ -82,25 +110,32 @@ def run_blocks(
 
 
 def _scan_blocks(block, params, x, modulation, text, remat, ops):
+    inside = Inside(ops.attention, lambda y: checkpoint_name(_whole_gradient(y), LINEAR))
+
     def step(x, layer_params):
-        return ops.place(block(ops.gather(layer_params), x, modulation, text, ops.attention)), None
+        x = checkpoint_name(x, INPUT)
+        return ops.place(block(ops.gather(layer_params), x, modulation, text, inside)), None
 
-    return lax.scan(_checkpoint(step, remat), ops.place(x), params)[0]
-
-
-def _checkpoint(step, remat):
-    if remat == "none":
-        keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        return jax.checkpoint(step, prevent_cse=False, policy=keep)
-    if remat == "block":
-        return jax.checkpoint(step, prevent_cse=False)
-    if remat == "attention":
-        keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-        return jax.checkpoint(step, prevent_cse=False, policy=keep)
-    raise ValueError(f"{remat=} must be 'none', 'block' (recompute all) or 'attention' (recompute all but attention)")
+    return lax.scan(jax.checkpoint(step, prevent_cse=False, policy=_policy(remat)), ops.place(x), params)[0]
 
 
-def _forward_mode(block, ops):
+def _policy(remat):
+    keep = jax.checkpoint_policies
+    return {
+        "none": keep.save_anything_except_these_names(GATHERED),
+        "linear": keep.save_only_these_names(*ATTENTION, LINEAR),
+        "attention": keep.save_only_these_names(*ATTENTION),
+        "block": keep.nothing_saveable,
+        "offload": keep.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[INPUT, *ATTENTION],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[remat]
+
+
+def _forward_mode(block, remat, ops):
     @jax.custom_jvp
     def stack(params, x, modulation, text):
         return _scan_blocks(block, params, x, modulation, text, "none", ops)
@@ -125,9 +160,9 @@ def _forward_mode(block, ops):
     def stack_with_tangent_fwd(params, x, x_t, modulation, modulation_t, text):
         def step(carry, layer_params):
             x, x_t = carry
-            f = _recording(block, ops.gather(layer_params), text, ops)
+            f = _recording(block, ops.gather(layer_params), text, remat, ops)
             y, y_t, kept = jax.jvp(f, (x, modulation), (x_t, modulation_t), has_aux=True)
-            return (y, y_t), (x, kept)
+            return (y, y_t), _to_memory(remat, jax.memory.Space.Host, (x, kept))
 
         out, kept = lax.scan(step, (ops.place(x), ops.place(x_t)), params)
         return out, (params, modulation, text, kept)
@@ -138,8 +173,9 @@ def _forward_mode(block, ops):
 
         def step(carry, layer):
             x_bar, modulation_bar, text_bar = carry
-            layer_params, (x, attention) = layer
-            _, pull_back = jax.vjp(_replaying(block, attention, ops), layer_params, x, modulation, text)
+            layer_params, kept = layer
+            x, results = _to_memory(remat, jax.memory.Space.Device, kept)
+            _, pull_back = jax.vjp(_replaying(block, results, remat, ops), layer_params, x, modulation, text)
             params_bar, x_bar, modulation_more, text_more = pull_back(x_bar)
             return (x_bar, modulation_bar + modulation_more, text_bar + text_more), params_bar
 
@@ -151,32 +187,75 @@ def _forward_mode(block, ops):
     return stack
 
 
-def _recording(block, params, text, ops):
-    """(x, modulation) -> (block's output, the (out, lse) of each of its attention calls)."""
+def _to_memory(remat, space, tree):
+    """What is kept between the passes, where `remat` wants it."""
+    return jax.device_put(tree, space) if remat == "offload" else tree
+
+
+class Kept(NamedTuple):
+    """Results of a block, each in the order that they were made: (out, lse) of attention, and matrix products."""
+
+    attention: tuple[tuple[jax.Array, jax.Array], ...]
+    linear: tuple[jax.Array, ...]
+
+
+def _recording(block, params, text, remat, ops):
+    """(x, modulation) -> (block's output, what `remat` keeps)."""
 
     def f(x, modulation):
-        kept = []
+        attention, linear = [], []
 
         def attend(q, k, v):
             out, lse = ops.attention(q, k, v, mode="forward", return_lse=True)
-            kept.append((out, lse))
+            attention.append((out, lse))
             return out
 
-        y = ops.place(block(params, x, modulation, text, attend))
-        return y, tuple(kept)
+        def keep(y):
+            linear.append(y)
+            return y
+
+        y = ops.place(block(params, x, modulation, text, Inside(attend, keep)))
+        return y, Kept(
+            () if remat == "block" else tuple(attention), tuple(linear) if remat in ("none", "linear") else ()
+        )
 
     return f
 
 
-def _replaying(block, attention, ops):
-    """The block with the results of its attention calls given, in the order they were recorded."""
+def _replaying(block, kept, remat, ops):
+    """The block with what was kept given, in the order it was recorded, and the rest computed again."""
 
     def f(params, x, modulation, text):
-        given = iter(attention)
-        attend = lambda q, k, v: ops.given(q, k, v, *next(given))  # noqa: E731
-        return ops.place(block(ops.gather(params), x, modulation, text, attend))
+        attention, linear = map(iter, kept)
+
+        def attend(q, k, v):
+            return ops.attention(q, k, v) if remat == "block" else ops.given(q, k, v, *next(attention))
+
+        def keep(y):
+            y = _whole_gradient(y)
+            return _given(y, next(linear)) if remat in ("none", "linear") else y
+
+        return ops.place(block(ops.gather(params), x, modulation, text, Inside(attend, keep)))
 
     return f
+
+
+@jax.custom_vjp
+def _given(computed, kept):
+    """`kept` in value, with the gradient of `computed`, which nobody computes, as its value is not used."""
+    return kept
+
+
+_given.defvjp(lambda computed, kept: (kept, None), lambda _, gradient: (gradient, None))
+
+
+@jax.custom_vjp
+def _whole_gradient(y):
+    """y. Its gradient is in memory before it is used: else XLA writes it in float32 with the sum for the bias."""
+    return y
+
+
+_whole_gradient.defvjp(lambda y: (y, None), lambda _, gradient: (lax.optimization_barrier(gradient),))
 
 
 def _instantiate(primal, tangent):

@@ -19,7 +19,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rcm_jax.models.blocks import WHOLE, Attend, BlockOps, Mode, Remat, run_blocks
+from rcm_jax.models.blocks import WHOLE, BlockOps, Inside, Mode, Remat, run_blocks
 from rcm_jax.models.layers import (
     MLP,
     Rotary,
@@ -153,10 +153,10 @@ class Cosmos(nnx.Module):
         graph, params = nnx.split(self.blocks)
         params = nnx.to_pure_dict(params)
 
-        def block(params: Any, x: jax.Array, time_BKM: jax.Array, text: jax.Array, attend: Attend) -> jax.Array:
+        def block(params: Any, x: jax.Array, time_BKM: jax.Array, text: jax.Array, inside: Inside) -> jax.Array:
             # The table is made here, not closed over: a custom derivative rule must not hold another trace's arrays.
             rotary = rotary_table(grid, self.config.head_dim, self.config.rotary_bases)
-            return nnx.merge(graph, params)(x, time_BKM, text, rotary, attend)
+            return nnx.merge(graph, params)(x, time_BKM, text, rotary, inside)
 
         text_BSD = text_BSD.astype(self.dtype)
         x_BLD = run_blocks(block, params, x_BLD, time_BKM, text_BSD, mode=mode, remat=self.remat, ops=self.ops)
@@ -189,14 +189,14 @@ class Block(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, x_BLD: jax.Array, time_BKM: jax.Array, text_BSD: jax.Array, rotary: Rotary, attend: Attend
+        self, x_BLD: jax.Array, time_BKM: jax.Array, text_BSD: jax.Array, rotary: Rotary, inside: Inside
     ) -> jax.Array:
         y, gate = self.modulate(self.modulation_self_attn, x_BLD, time_BKM)
-        x_BLD = (x_BLD + gate * self.self_attn(y, y, attend, rotary)).astype(self.dtype)
+        x_BLD = (x_BLD + gate * self.self_attn(y, y, inside, rotary)).astype(self.dtype)
         y, gate = self.modulate(self.modulation_cross_attn, x_BLD, time_BKM)
-        x_BLD = (x_BLD + gate * self.cross_attn(y, text_BSD, attend)).astype(self.dtype)
+        x_BLD = (x_BLD + gate * self.cross_attn(y, text_BSD, inside)).astype(self.dtype)
         y, gate = self.modulate(self.modulation_ffn, x_BLD, time_BKM)
-        return (x_BLD + gate * self.ffn(y)).astype(self.dtype)
+        return (x_BLD + gate * self.ffn(y, inside.keep)).astype(self.dtype)
 
     def modulate(self, modulation: "Modulation", x_BLD: jax.Array, time_BKM: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The normalised, scaled and shifted input of a layer, and the gate of its output."""
@@ -229,15 +229,15 @@ class Attention(nnx.Module):
         self.heads, self.dtype = c.heads, dtype
 
     def __call__(
-        self, x_BLD: jax.Array, source_BSD: jax.Array, attend: Attend, rotary: Rotary | None = None
+        self, x_BLD: jax.Array, source_BSD: jax.Array, inside: Inside, rotary: Rotary | None = None
     ) -> jax.Array:
-        projected = self.q(x_BLD), self.k(source_BSD), self.v(source_BSD)
+        projected = map(inside.keep, (self.q(x_BLD), self.k(source_BSD), self.v(source_BSD)))
         q, k, v = (rearrange(a, "b l (n h) -> b l n h", n=self.heads) for a in projected)
         q, k = self.norm_q(q), self.norm_k(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        out = attend(q.astype(self.dtype), k.astype(self.dtype), v)
-        return self.o(rearrange(out, "b l n h -> b l (n h)"))
+        out = inside.attend(q.astype(self.dtype), k.astype(self.dtype), v)
+        return inside.keep(self.o(rearrange(out, "b l n h -> b l (n h)")))
 
 
 class Head(nnx.Module):

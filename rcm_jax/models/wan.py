@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rcm_jax.models.blocks import WHOLE, Attend, BlockOps, Mode, Remat, run_blocks
+from rcm_jax.models.blocks import WHOLE, BlockOps, Inside, Mode, Remat, run_blocks
 from rcm_jax.models.layers import (
     MLP,
     Rotary,
@@ -171,10 +171,10 @@ class Wan(nnx.Module):
         graph, params = nnx.split(self.blocks)
         params = nnx.to_pure_dict(params)
 
-        def block(params: Any, x: jax.Array, modulation: jax.Array, context: jax.Array, attend: Attend) -> jax.Array:
+        def block(params: Any, x: jax.Array, modulation: jax.Array, context: jax.Array, inside: Inside) -> jax.Array:
             # The table is made here, not closed over: a custom derivative rule must not hold another trace's arrays.
             rotary = rotary_table(grid, self.config.head_dim)
-            return nnx.merge(graph, params)(x, modulation, context, rotary, attend)
+            return nnx.merge(graph, params)(x, modulation, context, rotary, inside)
 
         def run(params: Any, x_BLD: jax.Array) -> jax.Array:
             options: dict[str, Any] = {"mode": mode, "remat": self.remat, "ops": self.ops}
@@ -223,15 +223,15 @@ class Block(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, x_BLD: jax.Array, modulation_BK6D: jax.Array, context_BSD: jax.Array, rotary: Rotary, attend: Attend
+        self, x_BLD: jax.Array, modulation_BK6D: jax.Array, context_BSD: jax.Array, rotary: Rotary, inside: Inside
     ) -> jax.Array:
         rows_BKD = jnp.unstack(self.modulation[...][None, None] + modulation_BK6D, axis=2)
         shift1, scale1, gate1, shift2, scale2, gate2 = (spread(row, x_BLD.shape[1]) for row in rows_BKD)
         y = (self.norm1(x_BLD) * (1 + scale1) + shift1).astype(self.dtype)
-        y = self.self_attn(y, y, attend, rotary)
+        y = self.self_attn(y, y, inside, rotary)
         x_BLD = (x_BLD + y * gate1).astype(self.dtype)
-        x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD).astype(self.dtype), context_BSD, attend)
-        y = self.ffn((self.norm2(x_BLD) * (1 + scale2) + shift2).astype(self.dtype))
+        x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD).astype(self.dtype), context_BSD, inside)
+        y = self.ffn((self.norm2(x_BLD) * (1 + scale2) + shift2).astype(self.dtype), inside.keep)
         return (x_BLD + y * gate2).astype(self.dtype)
 
 
@@ -245,19 +245,19 @@ class Attention(nnx.Module):
         self.heads, self.dtype = config.heads, dtype
 
     def __call__(
-        self, x_BLD: jax.Array, source_BSD: jax.Array, attend: Attend, rotary: Rotary | None = None
+        self, x_BLD: jax.Array, source_BSD: jax.Array, inside: Inside, rotary: Rotary | None = None
     ) -> jax.Array:
-        q, k = self.norm_q(self.q(x_BLD)), self.norm_k(self.k(source_BSD))
-        return self.o(self.attend_heads(attend, q, k, self.v(source_BSD), rotary))
+        q, k, v = (inside.keep(y) for y in (self.q(x_BLD), self.k(source_BSD), self.v(source_BSD)))
+        return inside.keep(self.o(self.attend_heads(inside, self.norm_q(q), self.norm_k(k), v, rotary)))
 
     def attend_heads(
-        self, attend: Attend, q_BLD: jax.Array, k_BSD: jax.Array, v_BSD: jax.Array, rotary: Rotary | None = None
+        self, inside: Inside, q_BLD: jax.Array, k_BSD: jax.Array, v_BSD: jax.Array, rotary: Rotary | None = None
     ) -> jax.Array:
         """Attention of each head, the heads side by side again."""
         q, k, v = (rearrange(a, "b l (n h) -> b l n h", n=self.heads) for a in (q_BLD, k_BSD, v_BSD))
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        out = attend(q.astype(self.dtype), k.astype(self.dtype), v)
+        out = inside.attend(q.astype(self.dtype), k.astype(self.dtype), v)
         return rearrange(out, "b l n h -> b l (n h)")
 
 
@@ -271,12 +271,14 @@ class ImageAttention(Attention):
         self.norm_k_img = rms_norm(config.dim, config.norm_eps, rngs)
         self.image_tokens = config.image_tokens
 
-    def __call__(self, x_BLD: jax.Array, source_BSD: jax.Array, attend: Attend) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, source_BSD: jax.Array, inside: Inside) -> jax.Array:
         image, text = jnp.split(source_BSD, [self.image_tokens], axis=1)
-        q = self.norm_q(self.q(x_BLD))
-        to_text = self.attend_heads(attend, q, self.norm_k(self.k(text)), self.v(text))
-        to_image = self.attend_heads(attend, q, self.norm_k_img(self.k_img(image)), self.v_img(image))
-        return self.o(to_text + to_image)
+        projected = self.q(x_BLD), self.k(text), self.v(text), self.k_img(image), self.v_img(image)
+        q, k, v, k_img, v_img = map(inside.keep, projected)
+        q = self.norm_q(q)
+        to_text = self.attend_heads(inside, q, self.norm_k(k), v)
+        to_image = self.attend_heads(inside, q, self.norm_k_img(k_img), v_img)
+        return inside.keep(self.o(to_text + to_image))
 
 
 class ImageEmbedding(nnx.Module):
@@ -318,8 +320,12 @@ class Discriminator(nnx.Module):
 
 
 def rotate(x_BLNH: jax.Array, rotary: Rotary) -> jax.Array:
-    """Rotates interleaved pairs of each head by the angles of their position; float32."""
-    cos, sin = (a[None, :, None, :] for a in rotary)
-    pairs = x_BLNH.astype(jnp.float32).reshape(*x_BLNH.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x_BLNH.shape)
+    """Rotates interleaved pairs of each head by the angles of their position; float32.
+
+    A channel meets its partner by rolling the head: arrays of pairs, two wide, are slow on every accelerator.
+    """
+    cos, sin = (jnp.repeat(a, 2, axis=-1)[None, :, None, :] for a in rotary)
+    x = x_BLNH.astype(jnp.float32)
+    is_first = jnp.arange(x.shape[-1]) % 2 == 0
+    partner = jnp.where(is_first, -jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
+    return x * cos + partner * sin
