@@ -120,7 +120,7 @@ def accuracy(classifier: Classifier, *, disturbed: bool, views: int = 4) -> tupl
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=digits.VARIANTS, default="digits", help="which digits (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="safetensors file to write (default: rcm_jax/assets/DATA_classifier...)")
+    parser.add_argument("--out", type=Path, help="file to write (default: rcm_jax/assets/DATA_classifier.safetensors)")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
     options = parser.parse_args(arguments)
     variant = digits.VARIANTS[options.data]

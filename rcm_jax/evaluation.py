@@ -100,7 +100,7 @@ def sample_all(
     variant: digits.Variant = digits.DIGITS,
     first_seed: int = 0,
 ) -> Sampled:
-    """`per_caption` videos of each of the 80 captions, from `first_seed` and those after it: the same for every sampler."""
+    """`per_caption` videos of each of the 80 captions, from seed `first_seed` on: the same for every sampler."""
     prompts = evaluation_prompts(per_caption)
     seed_N = first_seed + np.arange(len(prompts))
     generated: Generated = generate(sampler, params, text.encode(prompts), seed_N, batch_size=batch_size, label=label)
@@ -138,9 +138,7 @@ def evaluate(
     sample = functools.partial(sample_all, per_caption=per_caption, variant=variant)
 
     teacher_name = f"teacher, {config.sampling.teacher_steps} guided steps"
-    sampled = {
-        teacher_name: sample(teacher_sampler(config, network, shape, negative), teacher, label="teacher")
-    }
+    sampled = {teacher_name: sample(teacher_sampler(config, network, shape, negative), teacher, label="teacher")}
     for steps in STUDENT_STEPS:
         name = _student_name(steps)
         sampler = student_sampler(config, network, shape, steps=steps)

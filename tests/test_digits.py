@@ -132,7 +132,10 @@ def test_pixels_survive_the_latent_and_latents_beyond_black_and_white_are_clippe
 
 def test_a_built_data_set_holds_what_film_showed(tmp_path):
     builder = digits.build(tmp_path, limit=3)
-    for split, views, seed in (("train", digits.DIGITS.train_views, 1), ("validation", digits.DIGITS.validation_views, 2)):
+    for split, views, seed in (
+        ("train", digits.DIGITS.train_views, 1),
+        ("validation", digits.DIGITS.validation_views, 2),
+    ):
         records = list(builder.as_data_source(split))
         images = digits.Images(*(array[:3] for array in digits.load_images(split)))
         films = next(digits.film(images, views=views, seed=seed))

@@ -3,8 +3,8 @@
 A digit moves over a black canvas, one pixel a frame in one of eight directions, and never leaves it. The captions ("a
 three moving up and left") name the digit and the direction. Validation videos show digits that no training video shows.
 
-There are two data sets: DIGITS, 8x8 digits of scikit-learn on 16x16 pixels, and DIGITS28, 20x20 digits of MNIST on 28x28.
-What differs between them is a Variant; all else is shared.
+There are two data sets: DIGITS has scikit-learn's 8x8 digits on 16x16 pixels, DIGITS28 has MNIST's 20x20 on 28x28. What
+differs between them is a Variant; all else is shared.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ DIRECTIONS = {
     "down and left": (1, -1),
     "down and right": (1, 1),
 }
+
 
 def caption(digit: int, direction: str) -> str:
     """Describes one video; `direction` is a key of DIRECTIONS."""
@@ -242,9 +243,7 @@ class Films(NamedTuple):
     prompt: list[str]
 
 
-def film(
-    images: Images, *, views: int, seed: int, chunk: int = 1024, variant: Variant = DIGITS
-) -> Iterator[Films]:
+def film(images: Images, *, views: int, seed: int, chunk: int = 1024, variant: Variant = DIGITS) -> Iterator[Films]:
     """Films every digit `views` times in every direction, in an order that mixes digits and directions."""
     random = np.random.RandomState(seed)
     names, steps = tuple(DIRECTIONS), np.array(tuple(DIRECTIONS.values()))
@@ -254,9 +253,7 @@ def film(
         index = np.arange(first, min(first + chunk, total))
         which, direction = index % count, (index + index // count) % len(DIRECTIONS)
         yield Films(
-            render(
-                images.image_NHW[which], steps[direction], draw_starts(random, steps[direction], variant), variant
-            ),
+            render(images.image_NHW[which], steps[direction], draw_starts(random, steps[direction], variant), variant),
             [caption(digit, names[k]) for digit, k in zip(images.digit_N[which].tolist(), direction, strict=True)],
         )
 
