@@ -88,7 +88,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
     parser.add_argument("--per_caption", type=int, default=16, metavar="N", help="videos of each of the 80 captions")
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS, metavar="N", help="see above")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which to run")
+    parser.add_argument(
+        "--methods", nargs="*", choices=METHODS, default=list(METHODS), help="which to run; perhaps none"
+    )
     parser.add_argument("--ablations", action="store_true", help="rCM with less of DMD, too")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="in every recipe")
     arguments = parser.parse_args()
