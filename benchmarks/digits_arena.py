@@ -113,7 +113,7 @@ def main() -> None:
     failed = [_key(*run) for run in runs if _key(*run) not in results["runs"]]
     print(table(results))
     media.write_file(arguments.out.with_suffix(".png"), chart(results))
-    write_samples(arguments)
+    write_samples(results, arguments)
     if failed:
         sys.exit(f"not done: {'; '.join(failed)}")
 
@@ -218,7 +218,7 @@ def _score_teacher(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     shape = digits.VARIANTS[arguments.data].latent_shape
     sampler = teacher_sampler(config, network, shape, text.encode([""])[0])
     params = load_params(config.teacher.path, network)
-    steps = f"{config.sampling.teacher_steps}, guided"
+    steps = f"{config.sampling.teacher_steps} guided"
     return {"scores": {steps: _sample_and_score("teacher", steps, sampler, params, seed, arguments)}}
 
 
@@ -262,7 +262,7 @@ def _sample_and_score(
 
 
 def _samples_path(arguments: argparse.Namespace, name: str, steps: str) -> Path:
-    return arguments.workdir / "samples" / f"{name}, {steps} steps.npy"
+    return arguments.workdir / "samples" / f"{name}, {steps} step{'s' if steps != '1' else ''}.npy"
 
 
 def rows(results: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, float]]]:
@@ -311,13 +311,12 @@ def chart(results: dict[str, Any]) -> bytes:
     return draw_lines(panels, x_label="variety", y_label="quality")
 
 
-def write_samples(arguments: argparse.Namespace) -> None:
+def write_samples(results: dict[str, Any], arguments: argparse.Namespace) -> None:
     """The kept samples of all samplers, one row each, as a PNG beside the results."""
-    folder = arguments.workdir / "samples"
-    kept = {path.stem: np.load(path) for path in sorted(folder.glob("*.npy"))}
+    paths = [_samples_path(arguments, *row) for row in rows(results)]
+    kept = {path.stem: list(np.load(path)) for path in paths if path.exists()}
     if kept:
-        path = arguments.out.with_name(f"{arguments.out.stem}_samples.png")
-        media.write_grid(path, {name: list(videos) for name, videos in kept.items()}, evaluation.SHOWN)
+        media.write_grid(arguments.out.with_name(f"{arguments.out.stem}_samples.png"), kept, evaluation.SHOWN)
 
 
 if __name__ == "__main__":
