@@ -96,7 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     digits.build("data", variant=digits.VARIANTS[arguments.data])
-    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}}
+    results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}}
     results["machine"] = {"cpu": platform.processor(), "device": jax.devices()[0].device_kind, "jax": jax.__version__}
     results["command"] = shlex.join(["python", "-m", "benchmarks.digits_arena", *sys.argv[1:]])
     names = [*REFERENCES, *arguments.methods, *(ABLATIONS if arguments.ablations else ())]
@@ -277,10 +277,8 @@ def rows(results: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, float]
 
 
 def half_interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % t-interval of a mean; NaN for a single value."""
+    """Half the width of the 95 % t-interval of the mean of two values or more."""
     count = len(values)
-    if count < 2:
-        return float("nan")
     return float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5)
 
 
@@ -289,7 +287,7 @@ def table(results: dict[str, Any]) -> str:
     lines = ["| | steps | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
     for (name, steps), runs in rows(results).items():
         values = [[run[column] for run in runs] for column in COLUMNS]
-        cells = [f"{np.mean(v):.3f} ± {half_interval(v):.3f}" for v in values]
+        cells = [f"{np.mean(v):.3f}" + (f" ± {half_interval(v):.3f}" if len(v) > 1 else "") for v in values]
         lines.append(f"| {name} | {steps} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

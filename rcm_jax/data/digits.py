@@ -98,12 +98,13 @@ def read_mnist() -> Images:
     with importlib.resources.as_file(folder / "data" / "data" / "mnist_5k.csv.gz") as path:
         table = np.loadtxt(path, np.uint8, delimiter=",")
     image_NHW, digit_N = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(int)
-    corners = []
+    ink_NHW = image_NHW > 0
+    windows = []
     for axis in (2, 1):
-        ink_NP = image_NHW.any(axis)
-        first, end = ink_NP.argmax(1), 28 - ink_NP[:, ::-1].argmax(1)
-        corners.append(np.clip(4, end - 20, first)[:, None] + np.arange(20))
-    y, x = corners
+        ink_NP = np.any(ink_NHW, axis=axis)
+        first_N, end_N = np.argmax(ink_NP, axis=1), 28 - np.argmax(np.flip(ink_NP, 1), axis=1)
+        windows.append(np.clip(4, end_N - 20, first_N)[:, None] + np.arange(20))
+    y, x = windows
     return Images(image_NHW[np.arange(len(y))[:, None, None], y[:, :, None], x[:, None, :]], digit_N)
 
 

@@ -42,8 +42,8 @@ def open_source(name: str | os.PathLike, data_dir: str | os.PathLike, split: str
     Raises:
         UserError: no such folder or split, or its features are not those of a record.
     """
-    if name in digits.VARIANTS:
-        builder = digits.build(data_dir, variant=digits.VARIANTS[name])
+    if str(name) in digits.VARIANTS:
+        builder = digits.build(data_dir, variant=digits.VARIANTS[str(name)])
     else:
         folder = Path(data_dir) / name
         if not (folder / "dataset_info.json").exists():
