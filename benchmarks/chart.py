@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE, MARGIN, LEGEND = 380, 50, 150  # pixels: a panel's square, the room for its axes, the room for the legend
-COLOURS = ("#1b6ca8", "#d1495b", "#8f2d3a", "#edae49", "#3c8d53", "#7a5195", "#555555", "#00a6a6", "#b07aa1")
+COLOURS = ("#1b6ca8", "#d1495b", "#8f2d3a", "#edae49", "#3c8d53", "#7a5195", "#555555", "#00a6a6", "#b07aa1", "#9c6b30")
 
 Points = Sequence[tuple[float, float, str]]  # x and y from 0 to 1, and what is written beside
 

@@ -24,7 +24,7 @@ from rcm_jax.train import create_network, load_params, train
 
 METHODS = {"rCM": "digits_rcm", "sCM alone": "digits_scm", "DMD alone": "digits_dmd"}
 CONFIGS = Path(__file__).parent.parent / "configs"
-SHAPE = (digits.FRAMES, digits.SIZE, digits.SIZE, 1)
+SHAPE = digits.DIGITS.latent_shape
 COLUMNS = ("caption_accuracy", "frechet", "precision", "recall", "coverage", "diversity")
 
 

@@ -1,6 +1,6 @@
 """Trains the judge of moving-digit videos on the train split's digits: about 2 minutes on two CPU cores.
 
-    python -m launch.classifier [--out rcm_jax/assets/digits_classifier.safetensors]
+    python -m launch.classifier [--data digits28] [--out rcm_jax/assets/digits28_classifier.safetensors]
 
 Videos are rendered as they are needed and disturbed (sub-pixel shifts, blur, brightness, noise), each one from not
 at all to strongly, so that a generated video is judged by what it shows rather than by how clean it is.
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rcm_jax import metrics
 from rcm_jax.checkpoint import export_safetensors
 from rcm_jax.data import digits
-from rcm_jax.models.classifier import WEIGHTS, Classifier, to_tensors
+from rcm_jax.models.classifier import Classifier, to_tensors, weights_path
 
 STEPS = 4000
 BATCH_SIZE = 64
@@ -53,18 +53,20 @@ def _shift_and_blur(video_BTHWC, shift, blur, axis):
     return from_before * before + (1 - from_before - from_after) * here + from_after * after
 
 
-def draw_batch(random: np.random.RandomState, images: digits.Images, batch_size: int) -> dict[str, np.ndarray]:
+def draw_batch(
+    random: np.random.RandomState, images: digits.Images, batch_size: int, variant: digits.Variant = digits.DIGITS
+) -> dict[str, np.ndarray]:
     """Renders random digits moving in random directions from random starts, with what the classifier should say."""
     index = random.randint(len(images.digit_N), size=batch_size)
     direction = random.randint(len(digits.DIRECTIONS), size=batch_size)
     step_B2 = np.array(tuple(digits.DIRECTIONS.values()))[direction]
-    start_B2 = digits.draw_starts(random, step_B2)
+    start_B2 = digits.draw_starts(random, step_B2, variant)
     return {
-        "video": digits.render(images.image_NHW[index], step_B2, start_B2),
+        "video": digits.render(images.image_NHW[index], step_B2, start_B2, variant),
         "digit": images.digit_N[index],
         "direction": direction,
-        "start": (start_B2 / (digits.SIZE - digits.DIGIT_SIZE)).astype(np.float32),
-        "image": (images.image_NHW[index] / 16).astype(np.float32),
+        "start": (start_B2 / variant.room).astype(np.float32),
+        "image": (images.image_NHW[index] / variant.white).astype(np.float32),
     }
 
 
@@ -86,15 +88,15 @@ def train_step(classifier, optimizer, batch, key):
     return loss
 
 
-def train(*, steps: int = STEPS, seed: int = 0) -> Classifier:
-    images = digits.load_images("train")
+def train(variant: digits.Variant = digits.DIGITS, *, steps: int = STEPS, seed: int = 0) -> Classifier:
+    images = digits.load_images("train", variant)
     random = np.random.RandomState(seed)
-    classifier = Classifier(rngs=nnx.Rngs(seed))
+    classifier = Classifier(variant, rngs=nnx.Rngs(seed))
     schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 20, steps)
     optimizer = nnx.Optimizer(classifier, optax.adamw(schedule, weight_decay=WEIGHT_DECAY), wrt=nnx.Param)
     with tqdm.trange(steps, desc="classifier", disable=None) as bar:
         for step in bar:
-            batch = draw_batch(random, images, BATCH_SIZE)
+            batch = draw_batch(random, images, BATCH_SIZE, variant)
             loss = train_step(classifier, optimizer, batch, jax.random.fold_in(jax.random.key(seed), step))
             if step % 50 == 49:
                 bar.set_postfix(loss=f"{loss:.3f}")
@@ -103,8 +105,10 @@ def train(*, steps: int = STEPS, seed: int = 0) -> Classifier:
 
 def accuracy(classifier: Classifier, *, disturbed: bool, views: int = 4) -> tuple[float, float]:
     """Shares of validation videos whose digit, and whose direction, the classifier names."""
-    images = digits.load_images("validation")
-    batch = draw_batch(np.random.RandomState(1), images, views * len(digits.DIRECTIONS) * len(images.digit_N))
+    variant = classifier.variant
+    images = digits.load_images("validation", variant)
+    count = views * len(digits.DIRECTIONS) * len(images.digit_N)
+    batch = draw_batch(np.random.RandomState(1), images, count, variant)
     video = batch["video"]
     if disturbed:
         pixel = disturb(jax.random.key(1), jnp.asarray(video, jnp.float32) / 255)
@@ -115,18 +119,21 @@ def accuracy(classifier: Classifier, *, disturbed: bool, views: int = 4) -> tupl
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="safetensors file to write (default: %(default)s)")
+    parser.add_argument("--data", choices=digits.VARIANTS, default="digits", help="which digits (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="file to write (default: rcm_jax/assets/DATA_classifier.safetensors)")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
     options = parser.parse_args(arguments)
-    classifier = train(steps=options.steps)
+    variant = digits.VARIANTS[options.data]
+    out = options.out or weights_path(variant)
+    classifier = train(variant, steps=options.steps)
     facts = {"steps": str(options.steps)} | {package: version(package) for package in ("jax", "flax", "optax")}
     for name, disturbed in (("validation", False), ("disturbed_validation", True)):
         digit, direction = accuracy(classifier, disturbed=disturbed)
         facts |= {f"{name}_digit_accuracy": f"{digit:.4f}", f"{name}_direction_accuracy": f"{direction:.4f}"}
-    export_safetensors(options.out, to_tensors(classifier), facts)
+    export_safetensors(out, to_tensors(classifier), facts)
     for name, value in facts.items():
         print(f"{name}: {value}")
-    print(f"wrote {options.out}")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -69,17 +69,19 @@ def _sample_recipe(config: ConfigDict, arguments: Namespace) -> None:
         raise UserError(f"--dit gives {len(arguments.dit)} checkpoints, a recipe has one network: give one")
     if not is_teacher and not arguments.dit:
         raise UserError("a student needs --dit PATH; --sampler euler samples the recipe's teacher")
-    if config.data.name != "digits":
+    from rcm_jax.data import digits, text
+
+    if config.data.name not in digits.VARIANTS:
         raise UserError(f"data.name={config.data.name!r} has no text encoder of its own: sample with --model")
     keep_compilations()
     import jax.numpy as jnp
     import numpy as np
 
-    from rcm_jax.data import digits, text
     from rcm_jax.generation import generate, student_sampler, teacher_sampler
     from rcm_jax.train import create_network, load_params
 
-    network, shape = create_network(config), (digits.FRAMES, digits.SIZE, digits.SIZE, 1)
+    variant = digits.VARIANTS[config.data.name]
+    network, shape = create_network(config), variant.latent_shape
     weights = arguments.dit[0] if arguments.dit else config.teacher.path
     if is_teacher:
         steps = config.sampling.teacher_steps if arguments.steps is None else arguments.steps
@@ -105,7 +107,7 @@ def _sample_recipe(config: ConfigDict, arguments: Namespace) -> None:
     for number, ((prompt, seed), latent) in enumerate(films, _first_number(arguments.out)):
         path = arguments.out / f"{number:04d}_seed{seed}.mp4"
         metadata = {"prompt": prompt, "seed": seed, "dit": str(weights), **settings}
-        media.write_video(path, digits.latent_to_video(latent), fps=digits.FPS, scale=8, metadata=metadata)
+        media.write_video(path, digits.latent_to_video(latent, variant), fps=digits.FPS, scale=8, metadata=metadata)
         print(path)
 
 

@@ -113,7 +113,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     """
     config = _read(Path(path))
     for override in overrides:
-        _override(config, override)
+        apply_override(config, override)
     validate(config)
     return config.lock()
 
@@ -160,7 +160,8 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
 
 
-def _override(config: ConfigDict, override: str) -> None:
+def apply_override(config: ConfigDict, override: str) -> None:
+    """Applies one such as "data.batch_size=64", in place. Raises UserError if it names no key or has the wrong type."""
     key, equals, text = override.partition("=")
     where = f"--config.{override}"
     flat = _flat(config)

@@ -1,5 +1,6 @@
 """Scores a digits run against its teacher and real videos, and writes what a person looks at."""
 
+import functools
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from rcm_jax import media, metrics, report
@@ -35,8 +37,9 @@ class Sampled(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """The classifier and what it says of the held-out real videos."""
+    """The classifier of a variant's videos and what it says of the held-out real ones."""
 
+    variant: digits.Variant
     network: classifier.Classifier
     real: metrics.Judged
     real_prompts: list[str]
@@ -47,17 +50,33 @@ class Judge(NamedTuple):
         return metrics.score(judged, prompts, self.real, self.real_prompts)
 
 
-def load_judge(data_dir: str | Path) -> Judge:
-    """The shipped classifier over all validation videos."""
-    network, _ = classifier.load()
-    videos, prompts = _read_all(pipeline.open_source("digits", data_dir, "validation"))
-    return Judge(network, metrics.judge(network, videos), prompts)
+def load_judge(data_dir: str | Path, variant: digits.Variant = digits.DIGITS) -> Judge:
+    """The variant's trained classifier over all validation videos."""
+    network, _ = classifier.load(variant=variant)
+    videos, prompts = read_videos(variant, data_dir, "validation")
+    return Judge(variant, network, metrics.judge(network, videos), prompts)
+
+
+def read_videos(
+    variant: digits.Variant, data_dir: str | Path, split: str
+) -> tuple[UInt8[np.ndarray, "n t h w 1"], list[str]]:
+    """All videos of a split, and their captions."""
+    batches = list(pipeline.read_in_order(pipeline.open_source(variant.name, data_dir, split), batch_size=1000))
+    latents = np.concatenate([batch["latent"] for batch in batches])
+    return digits.latent_to_video(latents, variant), [str(prompt) for batch in batches for prompt in batch["prompt"]]
 
 
 def real_floor(judge: Judge, data_dir: str | Path, count: int) -> Scores:
     """Scores of `count` real training videos: what a perfect generator would get."""
-    source = pipeline.open_source("digits", data_dir, "train")
-    order = np.random.RandomState(0).permutation(len(source))
+    return judge.score(*draw_real(judge.variant, data_dir, count))
+
+
+def draw_real(
+    variant: digits.Variant, data_dir: str | Path, count: int, seed: int = 0
+) -> tuple[UInt8[np.ndarray, "n t h w 1"], list[str]]:
+    """`count` real training videos, as many of each caption, and their captions."""
+    source = pipeline.open_source(variant.name, data_dir, "train")
+    order = np.random.RandomState(seed).permutation(len(source))
     prompts = np.array(digits.captions())
     chosen, want = [], dict.fromkeys(prompts, count // len(prompts))
     for index in order:
@@ -68,16 +87,24 @@ def real_floor(judge: Judge, data_dir: str | Path, count: int) -> Scores:
         if len(chosen) == count:
             break
     batch = pipeline.read(source, chosen)
-    return judge.score(digits.latent_to_video(batch["latent"]), [str(prompt) for prompt in batch["prompt"]])
+    return digits.latent_to_video(batch["latent"], variant), [str(prompt) for prompt in batch["prompt"]]
 
 
-def sample_all(sampler: Sampler, params: Params, *, per_caption: int, label: str, batch_size: int = 80) -> Sampled:
-    """`per_caption` videos of each of the 80 captions, from seeds 0, 1, 2...: the same for every sampler."""
+def sample_all(
+    sampler: Sampler,
+    params: Params,
+    *,
+    per_caption: int,
+    label: str,
+    batch_size: int = 80,
+    variant: digits.Variant = digits.DIGITS,
+    first_seed: int = 0,
+) -> Sampled:
+    """`per_caption` videos of each of the 80 captions, from seed `first_seed` on: the same for every sampler."""
     prompts = evaluation_prompts(per_caption)
-    generated: Generated = generate(
-        sampler, params, text.encode(prompts), np.arange(len(prompts)), batch_size=batch_size, label=label
-    )
-    return Sampled(digits.latent_to_video(generated.latent_NTHWC), generated.seconds_per_batch)
+    seed_N = first_seed + np.arange(len(prompts))
+    generated: Generated = generate(sampler, params, text.encode(prompts), seed_N, batch_size=batch_size, label=label)
+    return Sampled(digits.latent_to_video(generated.latent_NTHWC, variant), generated.seconds_per_batch)
 
 
 def evaluation_prompts(per_caption: int) -> list[str]:
@@ -101,22 +128,21 @@ def evaluate(
     `facts` (train_seconds, seeds, command...) are put into both reports. Returns report.json's content. Raises
     UserError for a recipe of other data than the digits.
     """
-    if config.data.name != "digits":
-        raise UserError(f"data.name={config.data.name!r} cannot be scored here: only 'digits' has a judge")
-    outdir, shape = Path(outdir), (digits.FRAMES, digits.SIZE, digits.SIZE, 1)
-    judge, prompts = load_judge(config.data.dir), evaluation_prompts(per_caption)
+    if config.data.name not in digits.VARIANTS:
+        names = " and ".join(map(repr, digits.VARIANTS))
+        raise UserError(f"data.name={config.data.name!r} cannot be scored here: only {names} have a judge")
+    variant = digits.VARIANTS[config.data.name]
+    outdir, shape = Path(outdir), variant.latent_shape
+    judge, prompts = load_judge(config.data.dir, variant), evaluation_prompts(per_caption)
     negative = jax.numpy.asarray(text.encode([""])[0])
+    sample = functools.partial(sample_all, per_caption=per_caption, variant=variant)
 
     teacher_name = f"teacher, {config.sampling.teacher_steps} guided steps"
-    sampled = {
-        teacher_name: sample_all(
-            teacher_sampler(config, network, shape, negative), teacher, per_caption=per_caption, label="teacher"
-        )
-    }
+    sampled = {teacher_name: sample(teacher_sampler(config, network, shape, negative), teacher, label="teacher")}
     for steps in STUDENT_STEPS:
         name = _student_name(steps)
         sampler = student_sampler(config, network, shape, steps=steps)
-        sampled[name] = sample_all(sampler, student, per_caption=per_caption, label=name)
+        sampled[name] = sample(sampler, student, label=name)
 
     scores = {name: judge.score(each.video_NTHWC, prompts) for name, each in sampled.items()}
     fastest = sampled[_student_name(max(STUDENT_STEPS))].seconds_per_batch
@@ -190,9 +216,3 @@ def _student_name(steps: int) -> str:
 
 def _video_path(outdir: Path, sampler: str, prompt: str) -> Path:
     return outdir / "videos" / f"{sampler} - {prompt}.mp4".replace(",", "").replace(" ", "_")
-
-
-def _read_all(source: Any) -> tuple[np.ndarray, list[str]]:
-    batches = list(pipeline.read_in_order(source, batch_size=1000))
-    latents = np.concatenate([batch["latent"] for batch in batches])
-    return digits.latent_to_video(latents), [str(prompt) for batch in batches for prompt in batch["prompt"]]

@@ -142,6 +142,33 @@ def within_prompt_diversity(feature_NF: Float[np.ndarray, "n f"], prompts: Seque
     return spread
 
 
+def high_frequency_energy(video_NTHWC: UInt8[np.ndarray, "n t h w 1"]) -> float:
+    """Mean square of what frames, pixels in [0, 1], hold beyond a quarter of a cycle a pixel, half of what they can.
+
+    Blur lowers it, noise raises it: relative to real videos it says how sharp generated ones are.
+    """
+    _, _, height, width, _ = video_NTHWC.shape
+    fast_HW = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None]) > 0.25
+    total = 0.0
+    for video_THWC in video_NTHWC:
+        spectrum_THW = np.fft.fft2(video_THWC[..., 0] / 255, norm="ortho")
+        total += float((np.abs(spectrum_THW[:, fast_HW]) ** 2).sum())
+    return total / video_NTHWC.size
+
+
+def stroke_error(video_NTHWC: UInt8[np.ndarray, "n t h w 1"], direction_N: Int[np.ndarray, "n"]) -> float:
+    """How much strokes change from frame to frame, relative to their ink, once each video's motion is taken back.
+
+    `direction_N` are the videos' directions, as in Judged. A digit that keeps its shape gives 0.
+    """
+    changed = ink = 0
+    for video_THWC, (dy, dx) in zip(video_NTHWC, np.array(tuple(digits.DIRECTIONS.values()))[direction_N], strict=True):
+        video_THWC = video_THWC.astype(int)
+        changed += np.abs(video_THWC[1:] - np.roll(video_THWC[:-1], (dy, dx), axis=(1, 2))).sum()
+        ink += video_THWC[1:].sum()
+    return float(changed / max(ink, 1))
+
+
 def _distances(a_NF: Float[np.ndarray, "n f"], b_MF: Float[np.ndarray, "m f"]) -> Float[np.ndarray, "n m"]:
     a_NF, b_MF = a_NF.astype(np.float64), b_MF.astype(np.float64)
     squared_NM = (a_NF**2).sum(1)[:, None] + (b_MF**2).sum(1)[None, :] - 2 * a_NF @ b_MF.T

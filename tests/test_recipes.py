@@ -71,12 +71,20 @@ def test_a_recipe_decays_within_its_run(name):
         assert config.optimizer.decay_to <= total_iterations(parse_stages(config.stages))
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("digits")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("digits_")])
 def test_a_digits_recipe_runs_without_further_files(name):
     config = read(name)
     assert (config.data.name, config.model.preset) == ("digits", "digits")
     if needs(parse_stages(config.stages), *FROM_TEACHER):
         assert (CONFIGS.parent / config.teacher.path).is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("digits28_")])
+def test_a_recipe_of_large_digits_takes_the_teacher_that_their_recipe_leaves(name):
+    config = read(name)
+    assert (config.data.name, config.model.preset) == ("digits28", "digits28")
+    assert f"--workdir={Path(config.teacher.path).parent}" in launch_words("digits28_teacher")
+    assert Path(config.teacher.path).name == "ema.safetensors"
 
 
 # Hyper-parameters of the official Wan2.1 recipes, github.com/NVlabs/rcm.

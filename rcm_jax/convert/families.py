@@ -47,7 +47,7 @@ class Family(NamedTuple):
 
 
 WAN = Family(
-    models=("digits", "wan2.1-t2v", "wan2.1-i2v", "wan2.2-t2v", "wan2.2-i2v", "wan2.2-ti2v"),
+    models=("digits", "digits28", "wan2.1-t2v", "wan2.1-i2v", "wan2.2-t2v", "wan2.2-i2v", "wan2.2-ti2v"),
     published=wan.WAN,
     diffusers=wan.DIFFUSERS,
     settings={"wan": wan.wan_settings, "diffusers": wan.diffusers_settings},

@@ -34,7 +34,7 @@ class BadRecordError(UserError):
 
 
 def open_source(name: str | os.PathLike, data_dir: str | os.PathLike, split: str) -> Source:
-    """Opens one split of "digits" (built under `data_dir` if it is not there yet) or of any TFDS folder of records.
+    """Opens one split of "digits" or "digits28" (built under `data_dir` if need be) or of any TFDS folder of records.
 
     A folder is named by its path, absolute or below `data_dir`; it is the one that holds dataset_info.json.
     `split` may be a slice such as "train[:1000]".
@@ -42,8 +42,8 @@ def open_source(name: str | os.PathLike, data_dir: str | os.PathLike, split: str
     Raises:
         UserError: no such folder or split, or its features are not those of a record.
     """
-    if name == "digits":
-        builder = digits.build(data_dir)
+    if str(name) in digits.VARIANTS:
+        builder = digits.build(data_dir, variant=digits.VARIANTS[str(name)])
     else:
         folder = Path(data_dir) / name
         if not (folder / "dataset_info.json").exists():

@@ -132,7 +132,7 @@ class Records(tfds.core.GeneratorBasedBuilder):
     records: tuple[dict, ...] = ()
 
     def _info(self):
-        video = tfds.features.Tensor(shape=(None, digits.SIZE, digits.SIZE, 1), dtype=np.float32, encoding="bytes")
+        video = tfds.features.Tensor(shape=(None, *digits.DIGITS.latent_shape[1:]), dtype=np.float32, encoding="bytes")
         embedding = tfds.features.Tensor(shape=(text.LENGTH, text.DIM), dtype=np.float32, encoding="bytes")
         features = {"latent": video, "text": embedding, "prompt": tfds.features.Text()}
         return tfds.core.DatasetInfo(
