@@ -66,17 +66,18 @@ def main() -> None:
     arguments = parser.parse_args()
     rcm = load_rcm(arguments.rcm) if arguments.rcm else None
     shapes = [SHAPES[i] for i in arguments.shapes] if arguments.shapes else SHAPES
-    rows = [row for shape in shapes for row in measure_shape(shape, rcm, arguments.rounds)]
     results = {
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "torch": getattr(sys.modules.get("torch"), "__version__", None),
         "matmul": measure_matmul(),
         "command": " ".join(["python -m benchmarks.attention", *sys.argv[1:]]),
-        "rows": rows,
+        "rows": [],
     }
-    media.write_file(arguments.out, media.json_text(results, indent=1).encode())
+    for shape in shapes:
+        results["rows"] += measure_shape(shape, rcm, arguments.rounds)
+        results["torch"] = getattr(sys.modules.get("torch"), "__version__", None)
+        media.write_file(arguments.out, media.json_text(results, indent=1).encode())
     print(table(results))
     if arguments.plot:
         plot(results, arguments.plot)
