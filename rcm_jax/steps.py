@@ -5,7 +5,7 @@ randomness of an update is drawn for the whole batch before it is cut into micro
 like sharding, does not change what is computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from rcm_jax.methods import Applies, Batch, Losses, Recipe, Setting, critic_loss
 from rcm_jax.state import FAULTS, Params, TrainState
 
 Metrics = dict[str, jax.Array]
+Loss = Callable[[Params, Batch, Batch], tuple[jax.Array, Metrics]]  # of parameters, batch and draws: value and metrics
 
 # By the name of the loss in a recipe's stages; "gan" is a part of dmd.
 METHODS: dict[str, Callable[[Setting], Losses]] = {
@@ -48,15 +49,18 @@ def student_step(
     draws = draw_student(key, batch["latent"], loss_names, recipe)
     weights = {"flow_matching": 1.0, "dmd": recipe.dmd_weight, "gan": recipe.gan_weight}
 
-    def loss(params: Params, batch: Batch, draws: Batch) -> tuple[jax.Array, Metrics]:
-        at = Setting(params, state, batch, draws, tangent_ratio, loss_names, apply, recipe, negative_text)
-        parts = {}
-        for name, method in METHODS.items():  # in this order, whatever the set's: sums are the same in every process
-            parts |= _means(method(at), batch) if name in loss_names else {}
-        total = jnp.sum(jnp.stack([weights.get(name, recipe.scm_weight) * value for name, value in parts.items()]))
-        return total, {"loss": total} | {f"loss_{name}": value for name, value in parts.items()}
+    def loss_of(method: Callable[[Setting], Losses]) -> Loss:
+        def loss(params: Params, batch: Batch, draws: Batch) -> tuple[jax.Array, Metrics]:
+            at = Setting(params, state, batch, draws, tangent_ratio, loss_names, apply, recipe, negative_text)
+            parts = _means(method(at), batch)
+            total = jnp.sum(jnp.stack([weights.get(name, recipe.scm_weight) * value for name, value in parts.items()]))
+            return total, {"loss": total} | {f"loss_{name}": value for name, value in parts.items()}
 
-    grads, metrics = _mean_gradient(loss, state.student, batch, draws, recipe.accumulate)
+        return loss
+
+    # In this order, whatever the set's: sums are the same in every process.
+    losses = [loss_of(method) for name, method in METHODS.items() if name in loss_names]
+    grads, metrics = _mean_gradient(losses, state.student, batch, draws, recipe.accumulate)
     student, student_opt, skipped, norm = _update(optimizer, grads, state.student, state.student_opt)
     beta = ema_decay(state.student_updates, recipe.ema_gamma)
     ema = jax.tree.map(lambda e, p: e + (1.0 - beta) * (p - e), state.ema, student)
@@ -91,7 +95,7 @@ def critic_step(
         total = parts["critic"] + recipe.gan_critic_weight * parts.get("gan_critic", 0.0)
         return total, {f"loss_{name}": value for name, value in parts.items()}
 
-    grads, metrics = _mean_gradient(loss, state.fake, batch, draws, recipe.accumulate)
+    grads, metrics = _mean_gradient([loss], state.fake, batch, draws, recipe.accumulate)
     fake, fake_opt, skipped, norm = _update(optimizer, grads, state.fake, state.fake_opt)
     state = state.replace(
         iteration=state.iteration + 1,
@@ -134,10 +138,22 @@ def _means(parts: Losses, batch: Batch) -> Metrics:
 
 
 def _mean_gradient(
-    loss: Callable[..., tuple[jax.Array, Metrics]], params: Params, batch: Batch, draws: Batch, accumulate: int
+    losses: Sequence[Loss], params: Params, batch: Batch, draws: Batch, accumulate: int
 ) -> tuple[Params, Metrics]:
-    """Gradient and metrics averaged over `accumulate` micro-batches; sample i goes to micro-batch i mod accumulate."""
-    gradient = jax.grad(loss, has_aux=True)
+    """Gradient and metrics of a sum of losses, means over `accumulate` micro-batches; sample i is in i mod accumulate.
+
+    The losses take turns, so that the activations of one alone are in memory; each has its "loss" among its metrics.
+    """
+
+    def gradient(params: Params, batch: Batch, draws: Batch) -> tuple[Params, Metrics]:
+        total, metrics = jax.grad(losses[0], has_aux=True)(params, batch, draws)
+        for loss in losses[1:]:
+            params, total = lax.optimization_barrier((params, total))
+            more, found = jax.grad(loss, has_aux=True)(params, batch, draws)
+            total = jax.tree.map(jnp.add, total, more)
+            metrics |= found | {"loss": metrics["loss"] + found["loss"]}
+        return total, metrics
+
     if accumulate == 1:
         return gradient(params, batch, draws)
 
