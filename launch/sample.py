@@ -203,6 +203,8 @@ def _open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
 
     published, dtype = order.published, jnp.dtype(options.check_dtype(arguments))
     mesh = options.make_mesh(arguments)
+    encoder_device = options.choose_device("--encoder-device", arguments.encoder_device)
+    vae_device = options.choose_device("--vae-device", arguments.vae_device)
     transformer = loading.open_transformer(arguments.dit, arguments.model, dtype=dtype, mesh=mesh)
     embedded = inference.read_embeddings(arguments.embeddings, transformer.config) if arguments.embeddings else {}
     captions = list(order.prompts)
@@ -217,10 +219,8 @@ def _open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
         tokens = tokenize(captions)
     if published.image_encoder:
         preset = clip.PRESETS[published.image_encoder]
-        device = options.choose_device("--encoder-device", arguments.encoder_device)
-        image_encoder = loading.open_image_encoder(arguments.image_encoder, preset, dtype=dtype, device=device)
-    device = options.choose_device("--vae-device", arguments.vae_device)
-    autoencoder = loading.open_autoencoder(arguments.vae, vae.PRESETS[published.vae], dtype=dtype, device=device)
+        image_encoder = loading.open_image_encoder(arguments.image_encoder, preset, dtype=dtype, device=encoder_device)
+    autoencoder = loading.open_autoencoder(arguments.vae, vae.PRESETS[published.vae], dtype=dtype, device=vae_device)
     return inference.Parts(transformer, autoencoder, text_encoder, image_encoder, tokens, embedded)
 
 

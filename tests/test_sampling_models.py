@@ -312,6 +312,8 @@ V2W = ["--model=cosmos-predict2-v2w", "--dit=a", "--vae=b", "--prompt=a cat"]
         ([*T2V, "--seeds=1,x"], "--seeds 1,x must be integers"),
         ([*T2V, "--context=0"], "--context 0 must be at least 1"),
         ([*T2V, "--context=3", "--tensor=3"], "--context 3 times --tensor 3 is more than 8 devices: lower one"),
+        ([*T2V, "--vae-device=8"], "--vae-device 8 must be one of the 8 devices: choose from 0 to 7"),
+        ([*T2V, "--encoder-device=-1"], "--encoder-device -1 must be one of the 8 devices: choose from 0 to 7"),
         (T2V, "a is not a file or folder"),
         (V2W, "cosmos-predict2-v2w needs the first frame: give --image FILE"),
         ([*V2W, "--image=pyproject.toml"], "pyproject.toml cannot be read as a picture"),
