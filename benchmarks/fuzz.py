@@ -5,9 +5,11 @@
 For overrides of the config, prompts, prompt files, safetensors files, PyTorch's files and .tar shards, hypothesis makes
 that many inputs each. Any other exception, a message of several lines or of more than a few screens, or a file left
 behind ends it with the smallest input that shows the fault. Results of kinds that are not asked for stay in the file.
+
+--engine=atheris lets libFuzzer choose inputs instead, by what of rcm_jax they make run: guided_fuzz.py.
 """
 
-import argparse
+import importlib.util
 import io
 import json
 import os
@@ -16,7 +18,8 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +29,22 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.processes import measure_apart
 from rcm_jax import media
 from rcm_jax.checkpoint import load_safetensors
-from rcm_jax.config import LONGEST_MESSAGE, UserError, load
+from rcm_jax.config import LONGEST_MESSAGE, Command, UserError, load
 from rcm_jax.convert.tensors import LazyTensor
 from rcm_jax.convert.torch_file import Region, encode_tensor, read_value
 from rcm_jax.data import tar_file, tar_shards, text
 from rcm_jax.data.samples import BadSampleError
 from rcm_jax.options import read_prompts
 
+SUPPRESSED = [
+    HealthCheck.data_too_large,
+    HealthCheck.filter_too_much,
+    HealthCheck.large_base_example,
+    HealthCheck.too_slow,
+]
 RECIPE = Path(__file__).parent.parent / "configs" / "digits_rcm.py"
 SOUND = safetensors.numpy.save(
     {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(0, np.int8)}, {"m": "x"}
@@ -211,20 +221,27 @@ TARGETS: dict[str, tuple[Callable, st.SearchStrategy]] = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Fuzzes every target and prints how many inputs were read and how many refused."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=100_000, metavar="N", help="inputs of each kind")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="a JSON file for the result")
-    parser.add_argument("--kinds", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="KIND", help="of inputs")
-    arguments = parser.parse_args()
+    command = Command(__doc__)
+    command.add_argument("--examples", type=int, default=100_000, metavar="N", help="inputs of each kind")
+    command.add_argument("--out", type=Path, metavar="FILE", help="a JSON file for the result")
+    command.add_argument("--kinds", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="KIND", help="of inputs")
+    command.add_argument("--engine", choices=("hypothesis", "atheris"), default="hypothesis", help="chooses the inputs")
+    arguments = command.parse_args(argv)
+    is_guided = arguments.engine == "atheris"
+    with command.reports_user_errors():
+        if is_guided and importlib.util.find_spec("atheris") is None:
+            raise UserError("--engine atheris needs a package that is not installed: pip install atheris")
     machine = (
         f"{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, jax {jax.__version__}"
     )
     result = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
     for kind in arguments.kinds:
-        result |= {"machine": machine, kind: fuzz(*TARGETS[kind], arguments.examples)}
-        print(f"{kind}: {result[kind]}", flush=True)
+        name = f"{kind}, atheris" if is_guided else kind
+        found = fuzz_apart(kind, arguments.examples) if is_guided else fuzz(*TARGETS[kind], arguments.examples)
+        result |= {"machine": machine, name: found}
+        print(f"{name}: {found}", flush=True)
         if arguments.out:
             media.write_file(arguments.out, json.dumps(result, indent=2).encode() + b"\n")
 
@@ -235,24 +252,38 @@ def check_message(message: str) -> None:
     assert len(message) <= LONGEST_MESSAGE + len(" ... ")
 
 
+def check(read: Callable, value: str | bytes, folder: Path, counts: Counter[str]) -> None:
+    """Reads an input in a folder and counts it as read or refused; fails for any other end."""
+    try:
+        read(value, folder)
+        counts["read"] += 1
+    except UserError as refusal:
+        counts["refused"] += 1
+        check_message(str(refusal))
+    assert set(os.listdir(folder)) <= {"input"}
+
+
 def fuzz(read: Callable, inputs: st.SearchStrategy, examples: int) -> dict[str, int]:
     """Reads so many inputs; returns how many were read and refused, and the seconds it took."""
-    counts, began = {"read": 0, "refused": 0}, time.monotonic()
+    counts, began = Counter(read=0, refused=0), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
 
-        @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=SUPPRESSED)
         @given(inputs)
-        def check(value: str | bytes) -> None:
-            try:
-                read(value, Path(folder))
-                counts["read"] += 1
-            except UserError as refusal:
-                counts["refused"] += 1
-                check_message(str(refusal))
-            assert set(os.listdir(folder)) <= {"input"}
+        def check_each(value: str | bytes) -> None:
+            check(read, value, Path(folder), counts)
 
-        check()
-    return counts | {"seconds": round(time.monotonic() - began)}
+        check_each()
+    return {**counts, "seconds": round(time.monotonic() - began)}
+
+
+def fuzz_apart(kind: str, examples: int) -> dict[str, int]:
+    """As `fuzz`, by guided_fuzz.py in a process of its own, which libFuzzer ends; exits if that found a fault."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure_apart("benchmarks.guided_fuzz", [kind, str(examples), folder])
+    if "missing" in result:
+        raise SystemExit(f"{kind}: {result['missing']}, for the reason above")
+    return result
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,9 +55,7 @@ def main() -> None:
 
 def soak(workdir: Path, kills: int, seed: int, minutes: float) -> dict:
     """Kills a run up to `kills` times and returns what was done and whether the result is that of a run left alone."""
-    workdir.mkdir(parents=True)
-    digits.build(workdir, limit=2)
-    export_safetensors(workdir / "negative.safetensors", {"text": text.encode([""])[0]}, {})
+    prepare(workdir)
     total = STEPS_PER_KILL * kills
     draw, began = random.Random(seed), time.monotonic()
     counts, codes = collections.Counter(), collections.Counter()
@@ -89,20 +89,35 @@ def soak(workdir: Path, kills: int, seed: int, minutes: float) -> dict:
     }
 
 
-def start(workdir: Path, name: str, total: int) -> subprocess.Popen:
-    """Starts or resumes the run in workdir/name."""
+def prepare(workdir: Path) -> None:
+    """Makes a folder with the data that tiny_recipe.py needs."""
+    workdir.mkdir(parents=True)
+    digits.build(workdir, limit=2)
+    export_safetensors(workdir / "negative.safetensors", {"text": text.encode([""])[0]}, {})
+
+
+def start(
+    workdir: Path,
+    name: str,
+    total: int,
+    *words: str,
+    changes: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen:
+    """Starts or resumes the run in workdir/name, or one process of it; `changes` are those to the recipe."""
     settings = {
         "stages": f"flow_matching:{total}",
         "data.dir": workdir,
         "teacher.negative_path": workdir / "negative.safetensors",
         "checkpoint.every": 5,
         "checkpoint.keep": 2,
+        **(changes or {}),
     }
-    words = ["--config=benchmarks/tiny_recipe.py", f"--workdir={workdir / name}"]
-    words += [f"--config.{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "-m", "launch.train", "--config=benchmarks/tiny_recipe.py"]
+    command += [f"--workdir={workdir / name}", *(f"--config.{key}={value}" for key, value in settings.items()), *words]
     with (workdir / f"{name}.log").open("a") as log:
-        command = [sys.executable, "-m", "launch.train", *words]
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        variables = os.environ | dict(environment or {})
+        return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT)
 
 
 def wait_for(process: subprocess.Popen, run: Path, moment: str, step: int, delay: float) -> None:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from launch import keep_compilations
 from rcm_jax import media, options
 from rcm_jax.config import Command, UserError
-from rcm_jax.published import FEW_STEPS, Published, find_published
+from rcm_jax.published import FEW_STEPS, FRAME_FACTOR, Published, find_published
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,11 +40,13 @@ def main(argv: list[str] | None = None) -> None:
     group = command.add_argument_group("published models")
     of_model = options.add_parts(group)
     of_model += [
-        group.add_argument(f"--{name}", metavar="FILE", type=Path, help=text).dest
-        for name, text in (
-            ("image", "the first frame"),
-            ("image-encoder", "CLIP, for Wan2.1 image-to-video"),
-            ("embeddings", "safetensors with `text`, and `negative`, in the place of captions"),
+        group.add_argument(f"--{name}", metavar=metavar, type=type_, help=text).dest
+        for name, metavar, type_, text in (
+            ("image", "FILE", Path, "the first frame"),
+            ("video", "PATH", Path, "a video, or a folder of its frames, that a video-to-world model goes on from"),
+            ("condition-frames", "N", int, "how many of its last frames: 1 or 5 (default: 5)"),
+            ("image-encoder", "FILE", Path, "CLIP, for Wan2.1 image-to-video"),
+            ("embeddings", "FILE", Path, "safetensors with `text`, and `negative`, in the place of captions"),
         )
     ]
     arguments, config = command.parse_optional(argv)
@@ -119,7 +121,7 @@ class Order(NamedTuple):
     prompts: list[str]
     negative: str
     seeds: list[int]
-    image: Any  # (H, W, 3) or None
+    given: Any  # the first frames, (G, H, W, 3), or None
     size: tuple[int, int]
     frames: int
     fps: int
@@ -129,6 +131,8 @@ def _sample_model(arguments: Namespace) -> None:
     """Checks everything, then lets text encoder, image encoders, network and decoder take turns in memory."""
     order = _check_order(arguments)
     keep_compilations()
+    import numpy as np
+
     from rcm_jax import inference
 
     settings = inference.Settings(**order.sampling)
@@ -136,8 +140,9 @@ def _sample_model(arguments: Namespace) -> None:
     parts = _open_parts(arguments, order, settings)
     texts = inference.encode_texts(parts, len(order.prompts))
     condition = inference.Condition()
-    if order.image is not None:
-        condition = inference.encode_image(parts, order.image, media.cover(order.image, order.size), order.frames)
+    if order.given is not None:
+        covered = np.stack([media.cover(frame_HWC, order.size) for frame_HWC in order.given])
+        condition = inference.encode_given(parts, order.given, covered, order.frames)
     rows = [(text, seed) for text in range(len(texts.text_NSD)) for seed in order.seeds]
     shape = parts.autoencoder.config.latent_shape((order.frames, *reversed(order.size)))
     latents = inference.sample_latents(parts.transformer, texts, rows, shape, settings, condition)
@@ -171,28 +176,59 @@ def _check_order(arguments: Namespace) -> Order:
             raise UserError(f"--model {arguments.model} needs --{name} PATH: give its checkpoint")
     if arguments.embeddings and (arguments.prompt or arguments.prompt_file):
         raise UserError(f"--embeddings {arguments.embeddings} takes the place of captions: leave --prompt out")
-    if published.image == "none" and arguments.image:
-        raise UserError(f"--image {arguments.image} is of no use to {arguments.model}: leave it out")
-    if published.image == "required" and not arguments.image:
-        raise UserError(f"{arguments.model} needs the first frame: give --image FILE")
     if published.image_encoder and not arguments.image_encoder:
         raise UserError(f"{arguments.model} needs --image-encoder PATH: give CLIP's checkpoint")
     if arguments.image_encoder and not published.image_encoder:
         raise UserError(f"--image-encoder {arguments.image_encoder} is of no use to {arguments.model}: leave it out")
     options.check_dtype(arguments)
     frames = options.check_frames(arguments, published)
-    image = media.read_image(arguments.image) if arguments.image else None
+    given = _read_given(arguments, published, frames)
     return Order(
         published=published,
         sampling=options.check_sampling(arguments, published),
         prompts=[] if arguments.embeddings else _prompts(arguments),
         negative=published.negative if arguments.negative is None else arguments.negative,
         seeds=_parse_seeds(arguments.seeds),
-        image=image,
-        size=options.check_size(arguments.size or published.size, published.block, image),
+        given=given,
+        size=options.check_size(arguments.size or published.size, published.block, None if given is None else given[0]),
         frames=frames,
         fps=options.positive("--fps", published.fps if arguments.fps is None else arguments.fps),
     )
+
+
+def _read_given(arguments: Namespace, published: Published, frames: int) -> Any:
+    """The first frames of the video to make: an image, or the last frames of a video; None for none.
+
+    Raises UserError for what does not fit the model.
+    """
+    image, video, count, allowed = (
+        arguments.image,
+        arguments.video,
+        arguments.condition_frames,
+        published.condition_frames,
+    )
+    if image and video:
+        raise UserError(f"--image {image} and --video {video} both give the first frame: leave one out")
+    if image and published.image == "none":
+        raise UserError(f"--image {image} is of no use to {arguments.model}: leave it out")
+    if video and not allowed:
+        raise UserError(f"--video {video} is of no use to {arguments.model}: leave it out")
+    if published.image == "required" and not (image or video):
+        either = "--image FILE or --video PATH" if allowed else "--image FILE"
+        raise UserError(f"{arguments.model} needs the first frame: give {either}")
+    if count is not None and not video:
+        raise UserError(f"--condition-frames {count} counts the frames of a video: give --video PATH, or leave it out")
+    if not video:
+        return media.read_image(image)[None] if image else None
+    count = allowed[-1] if count is None else count
+    if count not in allowed:
+        raise UserError(f"--condition-frames {count} must be {' or '.join(map(str, allowed))}: choose one of them")
+    if frames <= count:
+        more = count + FRAME_FACTOR
+        raise UserError(f"--frames {frames} leaves none to make after the {count} given: write --frames {more} or more")
+    from rcm_jax.data.videos import read_last_frames
+
+    return read_last_frames(video, count)
 
 
 def _open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
@@ -205,6 +241,8 @@ def _open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
 
     published, dtype = order.published, jnp.dtype(options.check_dtype(arguments))
     mesh = options.make_mesh(arguments)
+    encoder_device = options.choose_device("--encoder-device", arguments.encoder_device)
+    vae_device = options.choose_device("--vae-device", arguments.vae_device)
     transformer = loading.open_transformer(arguments.dit, arguments.model, dtype=dtype, mesh=mesh)
     embedded = inference.read_embeddings(arguments.embeddings, transformer.config) if arguments.embeddings else {}
     captions = list(order.prompts)
@@ -219,10 +257,8 @@ def _open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
         tokens = tokenize(captions)
     if published.image_encoder:
         preset = clip.PRESETS[published.image_encoder]
-        device = options.choose_device("--encoder-device", arguments.encoder_device)
-        image_encoder = loading.open_image_encoder(arguments.image_encoder, preset, dtype=dtype, device=device)
-    device = options.choose_device("--vae-device", arguments.vae_device)
-    autoencoder = loading.open_autoencoder(arguments.vae, vae.PRESETS[published.vae], dtype=dtype, device=device)
+        image_encoder = loading.open_image_encoder(arguments.image_encoder, preset, dtype=dtype, device=encoder_device)
+    autoencoder = loading.open_autoencoder(arguments.vae, vae.PRESETS[published.vae], dtype=dtype, device=vae_device)
     return inference.Parts(transformer, autoencoder, text_encoder, image_encoder, tokens, embedded)
 
 
@@ -235,6 +271,8 @@ def _metadata(arguments: Namespace, order: Order, model: str) -> dict[str, Any]:
         **order.sampling,
         "negative": order.negative if has_guidance else None,
         "image": arguments.image and str(arguments.image),
+        "video": arguments.video and str(arguments.video),
+        "condition_frames": len(order.given) if arguments.video else None,
         "size": "x".join(map(str, order.size)),
         "frames": order.frames,
         "fps": order.fps,

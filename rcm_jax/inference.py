@@ -1,4 +1,4 @@
-"""Samples of the published models, stage by stage: captions and an image are encoded, a latent is sampled, decoded.
+"""Samples of the published models, stage by stage: captions and given frames are encoded, a latent sampled, decoded.
 
 Each stage takes its network's parameters as an argument, so that one network at a time need be in a device's memory.
 """
@@ -57,12 +57,12 @@ class Texts(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What an image tells a network, for a batch of one; all None without an image.
+    """What given frames tell a network, for a batch of one; all None without any.
 
     Attributes:
-        channels_BTHWC: concatenated to the latent: a mask of the given frame and, in Wan I2V, the latent of the video
+        channels_BTHWC: concatenated to the latent: a mask of the given frames and, in Wan I2V, the latent of the video
             whose other frames are gray.
-        tokens_BND: CLIP features of the image.
+        tokens_BND: CLIP features of the first one.
         given_BTHWC: latent frames that take the place of the sample's first ones.
         given_time: RF time that the network is told for them.
     """
@@ -133,34 +133,38 @@ def encode_texts(parts: Parts, count: int) -> Texts:
     return Texts(text_NSD, negative_SD)
 
 
-def encode_image(
-    parts: Parts, whole_HWC: UInt8[np.ndarray, "y x 3"], image_HWC: UInt8[np.ndarray, "h w 3"], frames: int
+def encode_given(
+    parts: Parts, whole_THWC: UInt8[np.ndarray, "g y x 3"], given_THWC: UInt8[np.ndarray, "g h w 3"], frames: int
 ) -> Condition:
-    """What a network is told of the first frame of a video.
+    """What a network is told of the first frames of a video: one, or as many as make whole latent frames.
+
+    Cosmos-Predict2 is told of several as NVIDIA's video2world.py and diffusers' Cosmos2VideoToWorldPipeline tell it.
 
     Args:
         parts: the model.
-        whole_HWC: an image, which the image encoder sees.
-        image_HWC: what the autoencoder sees of it, of the size of the video.
+        whole_THWC: the given frames, of which the image encoder sees the first.
+        given_THWC: what the autoencoder sees of them, of the size of the video.
         frames: of the video.
     """
     config, encoder = parts.transformer.config, parts.autoencoder.encoder
-    video_BTHWC = _floats(image_HWC)[:, None]
-    # Wan's image-to-video networks take the latent of a whole video, gray after its first frame; others take a frame.
+    video_BTHWC = _floats(given_THWC)
+    # Wan's image-to-video networks take the latent of a whole video, gray after its first frame; others that of what
+    # is given. The autoencoder is causal: what would follow has no part in it.
     is_whole = isinstance(config, WanConfig) and config.in_channels > config.out_channels
     if is_whole:
-        gray = np.zeros((1, frames - 1, *image_HWC.shape), np.float32)
+        gray = np.zeros((1, frames - 1, *given_THWC.shape[1:]), np.float32)
         video_BTHWC = np.concatenate([video_BTHWC, gray], axis=1)
     with on_device(encoder) as params:
         latent_BTHWC = jax.jit(encoder.network.apply)(params, video_BTHWC)
     if is_whole:
-        channels_BTHWC = jnp.concatenate([_first_frame(latent_BTHWC.shape, 4), latent_BTHWC], axis=-1)
-        return Condition(channels_BTHWC, _encode_tokens(parts.image_encoder, whole_HWC))
+        channels_BTHWC = jnp.concatenate([_first_frames(1, latent_BTHWC.shape, 4), latent_BTHWC], axis=-1)
+        return Condition(channels_BTHWC, _encode_tokens(parts.image_encoder, whole_THWC[0]))
     if isinstance(config, WanConfig):
         return Condition(given_BTHWC=latent_BTHWC)
-    rows, columns, _ = image_HWC.shape
+    _, rows, columns, _ = given_THWC.shape
     shape = parts.autoencoder.config.latent_shape((frames, rows, columns))
-    return Condition(_first_frame((1, *shape), 1), given_BTHWC=latent_BTHWC, given_time=COSMOS_GIVEN_TIME)
+    mask_BTHW1 = _first_frames(latent_BTHWC.shape[1], (1, *shape), 1)
+    return Condition(mask_BTHW1, given_BTHWC=latent_BTHWC, given_time=COSMOS_GIVEN_TIME)
 
 
 def _encode_tokens(encoder: Loadable | None, image_HWC: np.ndarray) -> jax.Array | None:
@@ -175,13 +179,13 @@ def _floats(pixels: np.ndarray) -> np.ndarray:
     return pixels[None].astype(np.float32) / 127.5 - 1.0
 
 
-def _first_frame(shape_BTHWC: tuple[int, ...], channels: int) -> jax.Array:
-    """1 in the first frame, 0 in the others."""
-    return jnp.zeros((*shape_BTHWC[:-1], channels)).at[:, 0].set(1.0)
+def _first_frames(count: int, shape_BTHWC: tuple[int, ...], channels: int) -> jax.Array:
+    """1 in the first `count` frames, 0 in the others."""
+    return jnp.zeros((*shape_BTHWC[:-1], channels)).at[:, :count].set(1.0)
 
 
 def conditioned(apply: Callable[..., jax.Array], condition: Condition) -> Callable[..., jax.Array]:
-    """A network that is told of an image, as a function of (params, x_BTHWC, network time (B,), text_BSD)."""
+    """A network that is told of given frames, as a function of (params, x_BTHWC, network time (B,), text_BSD)."""
 
     def run(params: Params, x_BTHWC: jax.Array, time_B: jax.Array, text_BSD: jax.Array) -> jax.Array:
         given, time = condition.given_BTHWC, time_B

@@ -170,7 +170,7 @@ def choose_device(option: str, number: int | None) -> Any:
 
     count = len(jax.devices())
     if number is not None and not 0 <= number < count:
-        raise UserError(f"{option} {number} must be one of the {count} devices: 0 to {count - 1}")
+        raise UserError(f"{option} {number} must be one of the {count} devices: choose from 0 to {count - 1}")
     return None if number is None else jax.devices()[number]
 
 

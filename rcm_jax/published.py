@@ -44,6 +44,7 @@ class Published:
         block: pixels of a token, along rows and columns.
         negative: the caption to go away from.
         image: whether the first frame is given.
+        condition_frames: how many of a video's last frames the model can go on from, by default the last number.
         vae, text_encoder, image_encoder: presets of models/vae.py, umt5.py and clip.py.
     """
 
@@ -58,6 +59,7 @@ class Published:
     fps: int = 16
     negative: str = _WAN_NEGATIVE
     image: Literal["none", "optional", "required"] = "none"
+    condition_frames: tuple[int, ...] = ()
     vae: str = "wan2.1"
     text_encoder: str = "umt5-xxl"
     image_encoder: str | None = None
@@ -80,7 +82,9 @@ MODELS = {
     "wan2.2-i2v": Published(steps=40, guidance=(3.5, 3.5), sigma_max=200.0, image="required"),
     "wan2.2-ti2v": Published(size="704p", block=32, frames=121, fps=24, image="optional", vae="wan2.2"),
     "cosmos-predict2-t2i": dataclasses.replace(_COSMOS, size="768p", frames=1, negative=""),
-    "cosmos-predict2-v2w": dataclasses.replace(_COSMOS, guidance=(8.0,), size="704p", frames=93, image="required"),
+    "cosmos-predict2-v2w": dataclasses.replace(
+        _COSMOS, guidance=(8.0,), size="704p", frames=93, image="required", condition_frames=(1, 5)
+    ),
 }
 
 

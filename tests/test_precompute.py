@@ -301,6 +301,26 @@ def test_a_camera_held_upright(tmp_path):
     assert frame[:6, :, 0].min() > 128 > frame[10:, :, 0].max()
 
 
+def test_the_last_frames_of_a_folder_are_those_of_the_highest_numbers(tmp_path):
+    """10 follows 9, as it would not by the alphabet; other files are no frames."""
+    frames = film(12)
+    for number in range(12):
+        media.write_image(tmp_path / f"frame{number}.png", frames[number])
+    (tmp_path / "notes.txt").write_text("")
+    np.testing.assert_array_equal(videos.read_last_frames(tmp_path, 5), frames[-5:])
+
+
+def test_frames_that_are_too_few_or_differ_in_size_are_refused(tmp_path):
+    media.write_video(tmp_path / "a.mp4", film(4), fps=FPS)
+    assert len(videos.read_last_frames(tmp_path / "a.mp4", 4)) == 4
+    with pytest.raises(UserError, match=r"a\.mp4 has 4 frames, and its last 5 are asked for: give a longer one"):
+        videos.read_last_frames(tmp_path / "a.mp4", 5)
+    for number in range(2):
+        media.write_image(tmp_path / "b" / f"{number}.png", film(1, size=(16 + number, 32))[0])
+    with pytest.raises(UserError, match=r"b has frames of sizes \[\(16, 32\), \(17, 32\)\], they must have one"):
+        videos.read_last_frames(tmp_path / "b", 2)
+
+
 OF_VIDEOS = ["--videos=v", "--model=wan2.1-t2v-1.3b", "--vae=a", "--text-encoder=b", "--tokenizer=c"]
 OF_CAPTIONS = ["--prompt-file=pyproject.toml", "--dit=a", *(word for word in OF_VIDEOS[1:] if word != "--vae=a")]
 

@@ -157,6 +157,8 @@ def test_text_to_video(tmp_path, parts, capsys):
         "shift": 5.0,
         "negative": published.MODELS["wan2.1-t2v"].negative,
         "image": None,
+        "video": None,
+        "condition_frames": None,
         "size": "32x16",
         "frames": FRAMES,
         "fps": 8,
@@ -246,8 +248,8 @@ def test_two_networks_take_turns_at_the_boundary():
 def test_video_to_world_keeps_the_given_frame(tmp_path, monkeypatch):
     """Cosmos-Predict2: the decoder is handed the image's latent as the first frame."""
     given, decoded = [], []
-    encode_image, decode = inference.encode_image, inference.decode
-    monkeypatch.setattr(inference, "encode_image", lambda *a: given.append(encode_image(*a)) or given[0])
+    encode_given, decode = inference.encode_given, inference.decode
+    monkeypatch.setattr(inference, "encode_given", lambda *a: given.append(encode_given(*a)) or given[0])
     monkeypatch.setattr(
         inference, "decode", lambda part, latents, **k: decoded.extend(latents) or decode(part, latents)
     )
@@ -255,6 +257,37 @@ def test_video_to_world_keeps_the_given_frame(tmp_path, monkeypatch):
     run(tmp_path / "out", *words, *write_parts(tmp_path, text="t5-11b"), f"--image={write_image(tmp_path / 'a.png')}")
     np.testing.assert_array_equal(decoded[0][:1], given[0].given_BTHWC[0])
     assert np.abs(decoded[0][1:]).max() > 0
+
+
+@pytest.mark.parametrize(("count", "latent_frames"), [(None, 2), (1, 1)])
+def test_video_to_world_goes_on_from_the_last_frames_of_a_video(count, latent_frames, tmp_path, monkeypatch):
+    """Of a file or of a folder, by default five, which are two latent frames."""
+    seen, given, decoded = [], [], []
+    encode_given, decode = inference.encode_given, inference.decode
+
+    def watch(parts, whole_THWC, given_THWC, frames):
+        seen.append(given_THWC)
+        given.append(encode_given(parts, whole_THWC, given_THWC, frames))
+        return given[-1]
+
+    monkeypatch.setattr(inference, "encode_given", watch)
+    monkeypatch.setattr(
+        inference, "decode", lambda part, latents, **k: decoded.extend(latents) or decode(part, latents)
+    )
+    video_THWC = np.random.default_rng(0).integers(0, 256, (7, *SIZE[::-1], 3), np.uint8)
+    media.write_video(tmp_path / "a.mp4", video_THWC, fps=16)
+    for number, frame_HWC in enumerate(frames_of(tmp_path / "a.mp4"), 5):
+        media.write_image(tmp_path / "a" / f"{number}.png", frame_HWC)
+    words = ["--model=cosmos-predict2-v2w", f"--dit={write_cosmos(tmp_path / 'dit')}", "--steps=2", "--prompt=a cat"]
+    words += [*write_parts(tmp_path, text="t5-11b"), *([] if count is None else [f"--condition-frames={count}"])]
+    for name in ("a.mp4", "a"):
+        (path,) = run(tmp_path / f"{name}.out", *words, "--frames=13", f"--video={tmp_path / name}")
+        assert media.read_metadata(path)["condition_frames"] == (count or 5)
+    np.testing.assert_array_equal(seen[0], frames_of(tmp_path / "a.mp4")[-(count or 5) :])
+    np.testing.assert_array_equal(seen[1], seen[0])
+    np.testing.assert_array_equal(given[0].channels_BTHWC[0, :, 0, 0, 0], np.arange(4) < latent_frames)
+    np.testing.assert_array_equal(decoded[0][:latent_frames], given[0].given_BTHWC[0])
+    assert np.abs(decoded[0][latent_frames:]).min(axis=(1, 2, 3)).max() > 0
 
 
 @pytest.mark.parametrize("given_time", [0.0, 1e-4], ids=["wan", "cosmos"])
@@ -312,8 +345,18 @@ V2W = ["--model=cosmos-predict2-v2w", "--dit=a", "--vae=b", "--prompt=a cat"]
         ([*T2V, "--seeds=1,x"], "--seeds 1,x must be integers"),
         ([*T2V, "--context=0"], "--context 0 must be at least 1"),
         ([*T2V, "--context=3", "--tensor=3"], "--context 3 times --tensor 3 is more than 8 devices: lower one"),
+        ([*T2V, "--vae-device=8"], "--vae-device 8 must be one of the 8 devices: choose from 0 to 7"),
+        ([*T2V, "--encoder-device=-1"], "--encoder-device -1 must be one of the 8 devices: choose from 0 to 7"),
         (T2V, "a is not a file or folder"),
-        (V2W, "cosmos-predict2-v2w needs the first frame: give --image FILE"),
+        (V2W, "cosmos-predict2-v2w needs the first frame: give --image FILE or --video PATH"),
+        ([*V2W, "--image=e", "--video=f"], "--image e and --video f both give the first frame: leave one out"),
+        ([*V2W, "--image=e", "--condition-frames=5"], "--condition-frames 5 counts the frames of a video"),
+        ([*V2W, "--video=f", "--condition-frames=3"], "--condition-frames 3 must be 1 or 5: choose one of them"),
+        ([*V2W, "--video=f", "--frames=5"], "--frames 5 leaves none to make after the 5 given: write --frames 9"),
+        ([*V2W, "--video=f"], "--video f cannot be read as a video"),
+        ([*V2W, "--video=pyproject.toml"], "--video pyproject.toml cannot be read as a video"),
+        ([*T2V, "--video=f"], "--video f is of no use to wan2.1-t2v-1.3b: leave it out"),
+        (["--model=wan2.2-i2v", *T2V[1:], "--video=f"], "--video f is of no use to wan2.2-i2v: leave it out"),
         ([*V2W, "--image=pyproject.toml"], "pyproject.toml cannot be read as a picture"),
         (["--model=wan2.2-t2v", *T2V[1:]], "--dit gives 1 checkpoints, wan2.2-t2v has two networks"),
     ],

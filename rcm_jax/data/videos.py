@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from rcm_jax.config import UserError
 from rcm_jax.data.samples import BadSampleError
 
 SUFFIXES = (".avi", ".gif", ".jpg", ".m4v", ".mkv", ".mov", ".mp4", ".png", ".webm", ".webp")
+PICTURES = (".jpeg", ".jpg", ".png", ".webp")
 SLACK = 1e-3  # seconds; containers round their times
 
 
@@ -105,6 +108,39 @@ def read_frames(path: Path, *, count: int, fps: int, size: tuple[int, int]) -> U
     raise BadSampleError(
         f"{path} lasts {seconds:.2f} s, {count} frames at {fps} a second take {needed:.2f} s: remove it"
     )
+
+
+def read_last_frames(path: Path, count: int) -> UInt8[np.ndarray, "t h w 3"]:
+    """The last `count` frames of a video, or of a folder of pictures in the order of the numbers in their names.
+
+    They are as they come: neither their rate nor their size changes.
+
+    Raises:
+        UserError: there are fewer, they cannot be read, or they differ in size.
+    """
+    frames = _last_pictures(path, count) if path.is_dir() else _last_shown(path, count)
+    if len(frames) < count:
+        found = f"has {len(frames)} frames, and its last {count} are asked for"
+        raise UserError(f"--video {path} {found}: give a longer one, or --condition-frames 1")
+    sizes = sorted({frame.shape[1::-1] for frame in frames})
+    if len(sizes) > 1:
+        raise UserError(f"--video {path} has frames of sizes {sizes}, they must have one: resize them")
+    return np.stack(frames)
+
+
+def _last_pictures(folder: Path, count: int) -> list[np.ndarray]:
+    files = [file for file in folder.iterdir() if file.suffix.lower() in PICTURES]
+    # So that 10.png follows 9.png.
+    files.sort(key=lambda file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)])
+    return [media.read_image(file) for file in files[-count:]]
+
+
+def _last_shown(path: Path, count: int) -> list[np.ndarray]:
+    try:
+        return [_upright(shown) for shown in deque((shown for shown, _ in _shown(path)), maxlen=count)]
+    except (FFmpegError, OSError, ValueError) as error:
+        remedy = "give an MP4 file, or a folder of pictures"
+        raise UserError(f"--video {path} cannot be read as a video ({error}): {remedy}") from None
 
 
 def _shown(path: Path) -> Iterator[tuple[av.VideoFrame, float]]:

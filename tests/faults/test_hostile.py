@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fuzz import TARGETS
+from benchmarks import fuzz
 from launch import sample, train
 
 ROOT = Path(__file__).parents[2]
@@ -108,8 +108,31 @@ def test_inputs_by_the_hundred_are_read_or_refused_in_one_line(tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     counts = json.loads(out.read_text())
-    for target in TARGETS:
+    for target in fuzz.TARGETS:
         assert counts[target]["read"] > 0 < counts[target]["refused"]
+
+
+def test_what_an_input_makes_run_can_guide_the_choice_of_the_next(tmp_path):
+    """`--engine=atheris`: the same kinds of input, and those that reached something new are kept."""
+    pytest.importorskip("atheris")
+    out = tmp_path / "fuzz.json"
+    words = ["--engine=atheris", "--kinds", "tar shards", "--examples=500", f"--out={out}"]
+    command = [sys.executable, "-m", "benchmarks.fuzz", *words]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    counts = json.loads(out.read_text())["tar shards, atheris"]
+    assert counts["read"] + counts["refused"] == 500
+    assert min(counts["read"], counts["refused"], counts["kept"]) > 0
+
+
+def test_the_guided_choice_of_inputs_needs_its_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "atheris", None)
+    with pytest.raises(SystemExit) as end:
+        fuzz.main(["--engine=atheris", f"--out={tmp_path / 'fuzz.json'}"])
+    error = capsys.readouterr().err
+    assert (end.value.code, error.count("\n")) == (USER_ERROR, 1)
+    assert "--engine atheris needs a package that is not installed: pip install atheris" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_determinism_reaches_xla(make_run):

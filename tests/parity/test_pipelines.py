@@ -54,34 +54,35 @@ def random_texts():
     return inference.Texts(*(random.standard_normal((*n, 512, 16)).astype(np.float32) for n in ((1,), ())))
 
 
-def picture():
-    return np.random.default_rng(1).integers(0, 256, (SIZE[1], SIZE[0], 3), np.uint8)
+def pictures(count):
+    return np.random.default_rng(1).integers(0, 256, (count, SIZE[1], SIZE[0], 3), np.uint8)
 
 
 def channels_first(x_BTHWC):
     return torch.from_numpy(np.moveaxis(np.array(x_BTHWC), -1, 1))
 
 
-def sample_ours(folder, model, config, settings, tokens=None):
+def sample_ours(folder, model, config, settings, *, given=1, frames=FRAMES, tokens=None):
     """The latent (T, H, W, C) of our code, from the folders that diffusers' networks were saved in."""
     paths = sorted(folder.glob("transformer*"))
     parts = inference.Parts(open_transformer(paths, model), open_autoencoder(folder / "vae", config))
     condition = inference.Condition()
     if "t2v" not in model:
-        condition = inference.encode_image(parts, picture(), picture(), FRAMES)._replace(tokens_BND=tokens)
-    shape = config.latent_shape((FRAMES, *SIZE[::-1]))
+        condition = inference.encode_given(parts, pictures(given), pictures(given), frames)
+        condition = condition._replace(tokens_BND=tokens)
+    shape = config.latent_shape((frames, *SIZE[::-1]))
     return inference.sample_latents(parts.transformer, random_texts(), [(0, SEED)], shape, settings, condition)[0]
 
 
-def pipeline_words(config, texts):
+def pipeline_words(config, texts, frames=FRAMES):
     """What every pipeline is called with."""
-    shape = config.latent_shape((FRAMES, *SIZE[::-1]))
+    shape = config.latent_shape((frames, *SIZE[::-1]))
     return dict(
         prompt_embeds=torch.from_numpy(texts.text_NSD),
         negative_prompt_embeds=torch.from_numpy(texts.negative_SD[None]),
         width=SIZE[0],
         height=SIZE[1],
-        num_frames=FRAMES,
+        num_frames=frames,
         num_inference_steps=STEPS,
         latents=channels_first(sampling.sample_noise(jnp.array([SEED]), shape, 0)),
         output_type="latent",
@@ -111,7 +112,7 @@ def test_wan(model, tmp_path):
 
     guidance = (4.0, 3.0)[: len(networks)]
     settings = inference.Settings("unipc", STEPS, guidance, shift=3.0)
-    found = sample_ours(tmp_path, model, config, settings, tokens)
+    found = sample_ours(tmp_path, model, config, settings, tokens=tokens)
 
     pipe_class = diffusers.WanPipeline if "t2v" in model else diffusers.WanImageToVideoPipeline
     pipe = pipe_class(
@@ -128,7 +129,7 @@ def test_wan(model, tmp_path):
     if boundary:
         words["guidance_scale_2"] = 3.0
     if "t2v" not in model:
-        words["image"] = Image.fromarray(picture())
+        words["image"] = Image.fromarray(pictures(1)[0])
     if tokens is not None:
         pipe.encode_image = lambda *_: torch.from_numpy(tokens)  # of CLIP, which is compared elsewhere
     assert_close(found, pipe(**words).frames)
@@ -149,8 +150,9 @@ class NoChecker:
         pass
 
 
-def test_cosmos(tmp_path, resize, monkeypatch):
-    """Its pipeline draws the given frame's latent around the mean; here it takes the mean."""
+@pytest.mark.parametrize("given", [1, 5], ids=["image", "video"])
+def test_cosmos(given, tmp_path, resize, monkeypatch):
+    """Its pipeline draws the latent of given frames around the mean; here it takes the mean."""
     config, autoencoder = their_autoencoder("wan2.1")
     sizes = dict(in_channels=17, out_channels=16, max_size=(128, 240, 240), rope_scale=(1.0, 3.0, 3.0))
     sizes |= dict(concat_padding_mask=True, extra_pos_embed_type=None)
@@ -161,7 +163,7 @@ def test_cosmos(tmp_path, resize, monkeypatch):
     saved(network, tmp_path / "transformer")
     saved(autoencoder, tmp_path / "vae")
     settings = inference.Settings("euler", STEPS, (8.0,))
-    found = sample_ours(tmp_path, "cosmos-predict2-v2w", config, settings)
+    found = sample_ours(tmp_path, "cosmos-predict2-v2w", config, settings, given=given, frames=13)
 
     monkeypatch.setattr(pipeline_cosmos2_video2world, "retrieve_latents", lambda output, *_: output.latent_dist.mode())
     pipe = diffusers.Cosmos2VideoToWorldPipeline(
@@ -173,8 +175,10 @@ def test_cosmos(tmp_path, resize, monkeypatch):
         safety_checker=NoChecker(),
     )
     pipe.set_progress_bar_config(disable=True)
-    words = pipeline_words(config, random_texts()) | {"guidance_scale": 7.0, "fps": 24}
+    words = pipeline_words(config, random_texts(), frames=13) | {"guidance_scale": 7.0, "fps": 24}
+    shown = [Image.fromarray(frame) for frame in pictures(given)]
+    words |= {"image": shown[0]} if given == 1 else {"video": shown}
     # The pipeline's last step goes nowhere. Ours takes it down to no noise at all.
     step = pipe.scheduler.step
     pipe.scheduler.step = lambda *a, **k: (pipe.scheduler.sigmas.__setitem__(-1, 0.0), step(*a, **k))[1]
-    assert_close(found, pipe(image=Image.fromarray(picture()), **words).frames)
+    assert_close(found, pipe(**words).frames)
