@@ -7,13 +7,15 @@ r"""Scores a distilled digits run beside its teacher; samples, scores and compar
     python -m launch.evaluate score student --network=i3d.onnx --real=my_videos
     python -m launch.evaluate compare teacher student --out=compare.html
 
-The first writes report.html, report.json, a grid and videos; `sample`, `score` and `compare` have a --help of their
-own.
+The first writes report.html, report.json, a grid and videos. `sample`, `features`, `score` and `compare` have a --help
+of their own.
 """
 
+import contextlib
+import math
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,33 @@ OUT/latents. An interrupted command goes on when it is given again: what is fini
 out is as the model's authors have it.
 """
 
+FEATURES = r"""Writes features of a folder of videos, such as the real ones that several sets are compared with.
+
+    python -m launch.evaluate features my_videos --network=i3d.onnx --out=real.safetensors
+
+An .onnx network takes one input, videos or single pictures; the order of its axes, the frames and their size are read
+from the input's shape as far as they are fixed there. Features of pictures are averaged over a video's frames. It
+needs the package onnxruntime.
+"""
+
+SCORE = r"""Scores a folder of samples and writes SET/scores.json.
+
+    python -m launch.evaluate score student --network=i3d.onnx --real=my_videos
+    python -m launch.evaluate score student --features=student.safetensors --real=real.safetensors
+
+The Fréchet distance (with a network such as I3D: FVD), precision, recall and coverage compare features with those of
+real videos, by a network as `features --help` describes it. Features computed elsewhere are safetensors files with a
+tensor `features`, one row a video. Diversity is the mean distance between samples of a prompt, of features and of the
+latents that `sample` keeps, or that --vae makes. Throughput is read from the samples' metadata.
+"""
+
+COMPARE = r"""Writes a page that shows two folders of samples side by side: same prompts and seeds, in step, and scores.
+
+    python -m launch.evaluate compare teacher student --out=compare.html
+
+Scores are those that `score` wrote. The page links to the files where they lie: keep it where it is to them.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and does what its first word says; without such a word it scores a digits run."""
@@ -41,6 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     match words[:1]:
         case ["sample"]:
             _sample(words[1:])
+        case ["features"]:
+            _write_features(words[1:])
+        case ["score"]:
+            _score(words[1:])
+        case ["compare"]:
+            _compare(words[1:])
         case _:
             _evaluate_digits(words)
 
@@ -77,9 +112,14 @@ def _evaluate_digits(words: Sequence[str]) -> None:
         print(f"wrote {workdir / 'report.html'}")
 
 
+def _command(name: str, description: str) -> Command:
+    command = Command(description)
+    command.prog += f" {name}"
+    return command
+
+
 def _sample(words: Sequence[str]) -> None:
-    command = Command(SAMPLE)
-    command.prog += " sample"
+    command = _command("sample", SAMPLE)
     command.add_argument("--layout", choices=LAYOUTS, required=True, help="the benchmark")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the set of samples")
     command.add_argument("--count", type=int, metavar="N", help="samples of a prompt (default: the benchmark's)")
@@ -154,6 +194,183 @@ def _write_set(arguments: Any, plan: Plan, share: tuple[int, int]) -> None:
     keep = not arguments.drop_latents
     sample_sets.write_set(arguments.out, plan, sampling, chunk=arguments.chunk, share=share, keep_latents=keep)
     print(f"{len(plan.shots)} samples of {len(order.prompts)} prompts are planned for {arguments.out}")
+
+
+def _write_features(words: Sequence[str]) -> None:
+    command = _command("features", FEATURES)
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="videos or pictures, at any depth")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    _add_view(command)
+    arguments = command.parse_args(words)
+    with command.reports_user_errors():
+        if arguments.network is None:
+            raise UserError("features needs --network: give an .onnx file, or CLIP's checkpoint")
+        view = _check_view(arguments)
+        keep_compilations()
+        from rcm_jax import features
+
+        paths = features.list_videos(arguments.folder)
+        found = _extract(features.open_network(arguments.network, view), arguments.folder, paths)
+        features.write_features(arguments.out, found)
+        print(f"wrote {arguments.out}: {found.feature_NF.shape[0]} videos, {found.feature_NF.shape[1]} features")
+
+
+def _add_view(command: Any) -> None:
+    group = command.add_argument_group("network of features")
+    for name, metavar, type_, text in (
+        (
+            "network",
+            "PATH",
+            Path,
+            "an .onnx file, or a checkpoint of CLIP's ViT-H/14 (the one of Wan2.1 image-to-video)",
+        ),
+        (
+            "clip-frames",
+            "N",
+            int,
+            "frames it sees of a video, the first N (default: its own number, or 16; of pictures 1)",
+        ),
+        ("clip-fps", "N", int, "frames a second (default: 8)"),
+        ("clip-size", "WxH", str, "of a frame, whose middle is resized to fill it (default: its own size, or 224x224)"),
+        ("mean", "X[,X,X]", str, "it is given (pixel / 255 - mean) / std; default: 0.5"),
+        ("std", "X[,X,X]", str, "default: 0.5, that is values from -1 to 1"),
+        ("axes", "NCTHW", str, "order of the input's axes, where its shape does not tell"),
+        ("output", "NAME", str, "the output with the features (default: the first)"),
+    ):
+        group.add_argument(f"--{name}", metavar=metavar, type=type_, help=text)
+
+
+def _check_view(arguments: Namespace) -> Any:
+    """What a network sees of videos. Raises UserError for a value that breaks its rule, or one without a network."""
+    names = ("clip_frames", "clip_fps", "clip_size", "mean", "std", "axes", "output")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if given and arguments.network is None:
+        raise UserError(f"{options.spell(next(iter(given)))} belongs to --network: give it")
+    for name in ("clip_frames", "clip_fps"):
+        if name in given:
+            options.positive(options.spell(name), given[name])
+    if "clip_size" in given:
+        width, _, height = given["clip_size"].partition("x")
+        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+            raise UserError(f"--clip-size {given['clip_size']} must be WIDTHxHEIGHT: write --clip-size 224x224")
+        given["clip_size"] = int(width), int(height)
+    for name in ("mean", "std"):
+        if name in given:
+            values = options.numbers(f"--{name}", given[name])
+            if len(values) not in (1, 3) or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
+                rule = "one number or three, for red, green and blue" + (", above 0" if name == "std" else "")
+                raise UserError(f"--{name} {given[name]} must be {rule}: write --{name} 0.5")
+            given[name] = values
+    from rcm_jax.features import AXES, View
+
+    if "axes" in given and given["axes"] not in AXES:
+        raise UserError(f"--axes {given['axes']} must be one of {', '.join(AXES)}")
+    return View(**{name.removeprefix("clip_"): value for name, value in given.items()})
+
+
+def _extract(network: Any, folder: Path, paths: Sequence[Path]) -> Any:
+    from rcm_jax import features
+
+    names = [str(path.relative_to(folder)) for path in paths]
+    return features.Features(features.extract(network, paths), names, network.facts)
+
+
+def _score(words: Sequence[str]) -> None:
+    command = _command("score", SCORE)
+    command.add_argument("set", type=Path, metavar="SET", help="the folder of samples")
+    command.add_argument("--out", type=Path, metavar="DIR", help="where the scores go (default: SET)")
+    command.add_argument(
+        "--real", type=Path, metavar="PATH", help="real videos: a folder, or a .safetensors of features"
+    )
+    command.add_argument("--features", type=Path, metavar="FILE", help="features of SET that were computed before")
+    _add_view(command)
+    group = command.add_argument_group("latents, where they are not beside the samples")
+    group.add_argument("--vae", type=Path, metavar="PATH", help="encodes the samples")
+    group.add_argument("--model", metavar="NAME", help="whose autoencoder it is, such as wan2.1-t2v")
+    group.add_argument("--dtype", metavar="NAME", help="bfloat16 (default) or float32")
+    group.add_argument("--tile", action="store_true", help="run the autoencoder in tiles")
+    arguments = command.parse_args(words)
+    with command.reports_user_errors():
+        view = _check_score(arguments)
+        keep_compilations()
+        from rcm_jax import features, sample_sets, set_scores
+
+        samples = sample_sets.list_samples(arguments.set)
+        network = None if arguments.network is None else features.open_network(arguments.network, view)
+        real = arguments.real and _read_real(arguments.real, network)
+        out, found = arguments.out or arguments.set, None
+        if arguments.features is not None:
+            found = features.read_features(arguments.features)
+        elif network is not None:
+            paths = [*(sample.path for sample in samples.samples), *samples.unknown]
+            found = _extract(network, arguments.set, paths)
+            features.write_features(out / "features.safetensors", found)
+        with _open_encoder(arguments) as encode:
+            scored = set_scores.score_set(samples, found, real, encode)
+        set_scores.write_scores(out / set_scores.RECORD, scored)
+        for name, value in scored.scores.items():
+            print(f"{name:20} {value:.6g}")
+        for note in scored.notes:
+            print(f"note: {note}")
+
+
+def _check_score(arguments: Namespace) -> Any:
+    """What a network sees of videos. Raises UserError for options that do not fit each other."""
+    if arguments.network is not None and arguments.features is not None:
+        raise UserError(f"--features {arguments.features} takes the place of --network: leave one out")
+    if arguments.real is not None:
+        if arguments.network is None and arguments.features is None:
+            raise UserError(f"--real {arguments.real} is compared by features: give --network PATH, or --features FILE")
+        if arguments.network is None and arguments.real.suffix != ".safetensors":
+            raise UserError(f"--real {arguments.real} must be a .safetensors file of features, or give --network PATH")
+    if (arguments.vae is None) != (arguments.model is None):
+        raise UserError("--vae and --model belong together: give both, or neither")
+    options.check_dtype(arguments)
+    return _check_view(arguments)
+
+
+def _read_real(path: Path, network: Any) -> Any:
+    from rcm_jax import features
+
+    if path.suffix == ".safetensors":
+        return features.read_features(path)
+    return _extract(network, path, features.list_videos(path))
+
+
+@contextlib.contextmanager
+def _open_encoder(arguments: Namespace) -> Iterator[Any]:
+    """A function from samples to latents, or None where no autoencoder is given."""
+    if arguments.vae is None:
+        yield None
+        return
+    from rcm_jax import inference, sample_sets
+    from rcm_jax.convert.loading import open_autoencoder
+    from rcm_jax.models import vae
+
+    preset = vae.PRESETS[find_published(arguments.model).vae]
+    autoencoder = open_autoencoder(arguments.vae, preset, dtype=options.check_dtype(arguments))
+    with inference.video_encoder(autoencoder, tiled=arguments.tile) as encode:
+        yield lambda sample: encode(sample_sets.read_pixels(sample))
+
+
+def _compare(words: Sequence[str]) -> None:
+    command = _command("compare", COMPARE)
+    command.add_argument("first", type=Path, metavar="SET", help="a folder of samples")
+    command.add_argument("second", type=Path, metavar="SET", help="another")
+    command.add_argument("--out", type=Path, default=Path("compare.html"), metavar="FILE", help="the page")
+    command.add_argument("--names", metavar="A,B", help="what to call the sets (default: their folders' names)")
+    arguments = command.parse_args(words)
+    with command.reports_user_errors():
+        folders = [arguments.first, arguments.second]
+        names = arguments.names.split(",") if arguments.names else [str(folder) for folder in folders]
+        if len(names) != 2 or names[0] == names[1] or not all(names):
+            raise UserError(f"--names {arguments.names} must be two different words: write --names teacher,student")
+        from rcm_jax import comparison
+
+        first, second = (comparison.open_set(name, folder) for name, folder in zip(names, folders, strict=True))
+        pairing = comparison.write_page(arguments.out, first, second)
+        alone = len(pairing.first_only) + len(pairing.second_only)
+        print(f"wrote {arguments.out}: {len(pairing.pairs)} pairs, {alone} samples without a counterpart")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from rcm_jax import inference, media
 from rcm_jax.checkpoint import export_safetensors, load_safetensors
 from rcm_jax.config import UserError
+from rcm_jax.data import videos
 from rcm_jax.data.tokenizer import Tokens
 from rcm_jax.layouts import Plan, Shot
+from rcm_jax.published import parse_size
 
 RECORD = "sampling.json"
 SUFFIXES = (".mp4", ".png")
@@ -170,6 +172,18 @@ def list_samples(folder: Path) -> SampleSet:
     return SampleSet(folder, list(samples.values()), unknown)
 
 
+def read_pixels(sample: Sample) -> UInt8[np.ndarray, "f y x 3"]:
+    """All frames of a sample. Raises UserError if its metadata do not tell their number, rate and size."""
+    said = sample.metadata
+    if sample.path.suffix == ".png":
+        return media.read_image(sample.path)[None]
+    if not {"frames", "fps", "size"} <= said.keys():
+        raise UserError(
+            f"{sample.path} does not tell its frames, fps and size: sample it with launch.sample or evaluate"
+        )
+    return videos.read_frames(sample.path, count=said["frames"], fps=said["fps"], size=parse_size(said["size"]))
+
+
 def _read_metadata(path: Path) -> dict[str, Any]:
     try:
         return media.read_metadata(path)
@@ -238,8 +252,8 @@ def _decode(folder: Path, shots: Sequence[Shot], sampling: Sampling) -> None:
         if (facts.get("prompt"), facts.get("seed")) != (shot.prompt, str(shot.seed)):
             path = latent_path(folder, shot.path)
             raise UserError(f"{path} is of another prompt or seed than {shot.prompt!r}, {shot.seed}: remove it")
-    videos = inference.decode(sampling.parts.autoencoder, latents, tiled=sampling.tiled)
-    for shot, facts, (video_THWC, seconds) in zip(shots, said, _timed(videos), strict=True):
+    films = inference.decode(sampling.parts.autoencoder, latents, tiled=sampling.tiled)
+    for shot, facts, (video_THWC, seconds) in zip(shots, said, _timed(films), strict=True):
         metadata = {
             "prompt": shot.prompt,
             "seed": shot.seed,
