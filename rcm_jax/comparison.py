@@ -24,6 +24,14 @@ DEPENDENT = {
     "device": ("sampling_seconds", "decoding_seconds", "frames_per_second"),
 }
 
+CONDITIONS = {
+    "network": "networks or their clips",
+    "real": "the real videos",
+    "n": "the numbers of videos",
+    "latents": "where the latents are from",
+    "device": "devices",
+}
+
 
 class Compared(NamedTuple):
     """A set under a name, and its scores if it has some."""
@@ -86,7 +94,7 @@ def write_page(path: Path, first: Compared, second: Compared) -> Pairing:
 
 def _settings(first: Compared, second: Compared) -> str:
     """What both were sampled with, and in a table what differs."""
-    ours, theirs = (each.samples.samples[0].settings for each in (first, second))
+    ours, theirs = (_shared(each.samples.samples) for each in (first, second))
     names = list(dict.fromkeys([*ours, *theirs]))
     differing = [name for name in names if ours.get(name) != theirs.get(name)]
     shared = report.facts_list({name: ours[name] for name in names if name not in differing})
@@ -98,6 +106,14 @@ def _settings(first: Compared, second: Compared) -> str:
     head = f'<th scope="col">{escape(first.name)}</th><th scope="col">{escape(second.name)}</th>'
     table = report.section("What differs", report.table(head, rows)) if rows else ""
     return table + report.section("In common", shared)
+
+
+def _shared(samples: Sequence[Sample]) -> dict[str, object]:
+    """The settings of a set's samples, "various" where they differ."""
+    first, *rest = (sample.settings for sample in samples)
+    return {
+        name: value if all(other.get(name) == value for other in rest) else "various" for name, value in first.items()
+    }
 
 
 def _shown(value: object) -> str:
@@ -115,12 +131,13 @@ def _scores(first: Compared, second: Compared) -> str:
         if each.scored.scores.get("n") != count:
             notes.append(f"{each.name} was scored when it had {each.scored.scores.get('n')} samples, now {count}")
     if first.scored and second.scored:
-        ours, theirs = first.scored.conditions, second.scored.conditions
-        for name, dependent in DEPENDENT.items():
-            if ours.get(name) != theirs.get(name):
+        both = first.scored.scores.keys() & second.scored.scores.keys()
+        for name, scores in DEPENDENT.items():
+            dependent = [score for score in scores if score in both]
+            if dependent and first.scored.conditions.get(name) != second.scored.conditions.get(name):
                 unjudged.update(dependent)
                 words = ", ".join(report.find_score(score).label for score in dependent)
-                notes.append(f"cannot be compared, for {name} differs: {words}")
+                notes.append(f"cannot be compared, for {CONDITIONS[name]} differ: {words}")
     scores = {each.name: each.scored.scores for each in (first, second) if each.scored}
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
     table = report.method_table(scores, unjudged) if scores else ""
@@ -206,8 +223,8 @@ CONTROLS = """<div id="controls" hidden>
 <output id="time"></output>
 </div>"""
 
-# One clock for all videos. Only those in sight are loaded, and the clock waits for them. A video at its end has no future
-# data and is not waited for; it shows its last frame until the longest one ends.
+# One clock for all videos. Only those in sight are loaded, and the clock waits for them. A video at its end has no
+# future data and is not waited for; it shows its last frame until the longest one ends.
 SCRIPT = """<script>
 const videos = [...document.querySelectorAll("video")], shown = new Set();
 const [controls, play, seek, time] = ["controls", "play", "seek", "time"].map(id => document.getElementById(id));
@@ -227,7 +244,7 @@ const follow = (video, runs) => {
 const step = now => {
   const runs = playing && ![...shown].some(loads);
   if (runs) clock += (now - before) / 1000;
-  if (clock > length()) clock = 0;
+  if (runs && clock > length()) clock = 0;
   before = now;
   shown.forEach(video => follow(video, runs));
   seek.max = length();

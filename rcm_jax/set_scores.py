@@ -169,7 +169,7 @@ def _score_throughput(scored: Scored, samples: Sequence[Sample]) -> None:
         return
     kinds = {json.dumps([said.get("device"), said.get("frames"), said.get("size")]) for said in timed}
     if len(kinds) > 1:
-        scored.notes.append("samples are from several devices, or of several sizes: their seconds are not summed up")
+        scored.notes.append("samples are from several devices, or of several sizes: seconds are left out")
         return
     seconds = {
         name: float(np.median([said[name] for said in timed])) for name in ("sampling_seconds", "decoding_seconds")

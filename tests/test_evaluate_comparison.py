@@ -1,5 +1,6 @@
 """launch.evaluate compare: a page of pairs that hides nothing, links to what is there and keeps videos in step."""
 
+import re
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -114,17 +115,31 @@ def test_scores_and_settings_stand_side_by_side(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("condition", "judged"),
-    [("network", False), ("real", False), ("n", False), ("device", True), ("latents", True)],
+    ("condition", "words", "bold"),
+    [
+        ("network", "networks or their clips differ: Fréchet distance", {"9"}),
+        ("real", "the real videos differ: Fréchet distance", {"9"}),
+        ("n", "the numbers of videos differ: Fréchet distance", {"9"}),
+        ("device", "devices differ: Frames a second", {"1.000"}),
+        ("latents", "where the latents are from differ: Latent diversity", {"1.000", "9"}),
+    ],
 )
-def test_scores_under_different_conditions_are_not_judged(condition, judged, tmp_path):
+def test_scores_under_different_conditions_are_not_judged(condition, words, bold, tmp_path):
     """They are shown, with the reason; the better one is not bold."""
-    for name, frechet in (("a", 2.0), ("b", 1.0)):
-        write_set(tmp_path / name, [("a cat", 1)], scores={"frechet": frechet}, conditions={condition: name})
+    for name, frechet, speed in (("a", 2.0, 9.0), ("b", 1.0, 8.0)):
+        scores = {"frechet": frechet, "frames_per_second": speed, "latent_diversity": 1.0}
+        write_set(tmp_path / name, [("a cat", 1)], scores=scores, conditions={condition: name})
     page = compare(tmp_path)
-    html = (tmp_path / "compare.html").read_text()
-    assert ("<b>1.000</b>" in html, "1.000" in html) == (judged, True)
-    assert f"cannot be compared, for {condition} differs:" in text(page)
+    assert f"cannot be compared, for {words}" in text(page)
+    assert set(re.findall("<b>([^<]*)</b>", (tmp_path / "compare.html").read_text())) == bold
+    assert {"2.000", "1.000", "9", "8"} <= {cell for row in page.tables[-1] for cell in row}
+
+
+def test_settings_that_vary_within_a_set_are_not_given_a_value(tmp_path):
+    write_set(tmp_path / "a", [("a cat", 1)])
+    write_set(tmp_path / "a", [("x", 1), ("a dog", 1)], steps=8)
+    write_set(tmp_path / "b", [("a cat", 1)])
+    assert compare(tmp_path, "--names=A,B").tables[0] == [["", "A", "B"], ["steps", "various", "4"]]
 
 
 def test_scores_that_are_missing_or_old_are_named(tmp_path):

@@ -276,7 +276,7 @@ def test_seconds_of_several_devices_are_not_summed_up(tmp_path):
     samples = made(tmp_path / "set", prompts=("a dog",), frames=9)
     scored = set_scores.score_set(samples)
     assert "frames_per_second" not in scored.scores
-    assert "seconds are not summed up" in scored.notes[-1]
+    assert "seconds are left out" in scored.notes[-1]
 
 
 def test_a_folder_of_two_runs_is_refused(tmp_path):
