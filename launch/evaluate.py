@@ -31,9 +31,10 @@ SAMPLE = r"""Samples a benchmark's prompts into the folders and names that it re
         --model=wan2.1-t2v-1.3b --dit=student.pth --vae=Wan2.1_VAE.pth \
         --text-encoder=models_t5_umt5-xxl-enc-bf16.pth --tokenizer=google/umt5-xxl --sampler=few-step-sde
 
-VBench and VBench-2.0 (its dimension's folder) then read OUT/videos, GenEval OUT/images. The latents stay in
-OUT/latents. An interrupted command goes on when it is given again: what is finished is not sampled again. What is left
-out is as the model's authors have it.
+The prompt file is the benchmark's own: of VBench VBench_full_info.json or a text file, of VBench-2.0
+VBench2_full_info.json or DIMENSION.txt, of GenEval evaluation_metadata.jsonl. VBench then reads OUT/videos, VBench-2.0
+a dimension's folder there, GenEval OUT/images. The latents stay in OUT/latents. An interrupted command goes on when it
+is given again: what is finished is not sampled again. What is left out is as the model's authors have it.
 """
 
 FEATURES = r"""Writes features of a folder of videos, such as the real ones that several sets are compared with.
@@ -192,8 +193,9 @@ def _write_set(arguments: Any, plan: Plan, share: tuple[int, int]) -> None:
         facts={"layout": arguments.layout, "first_seed": arguments.seed, **facts},
     )
     keep = not arguments.drop_latents
-    sample_sets.write_set(arguments.out, plan, sampling, chunk=arguments.chunk, share=share, keep_latents=keep)
-    print(f"{len(plan.shots)} samples of {len(order.prompts)} prompts are planned for {arguments.out}")
+    chunk = arguments.chunk
+    made = sample_sets.write_set(arguments.out, plan, sampling, chunk=chunk, share=share, keep_latents=keep)
+    print(f"made {made} samples in {arguments.out}, of {len(plan.shots)} that {arguments.layout} wants")
 
 
 def _write_features(words: Sequence[str]) -> None:

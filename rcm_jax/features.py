@@ -31,6 +31,7 @@ AXES = ("NCTHW", "NTCHW", "NTHWC", "NCHW", "NHWC")  # T frames; without T a netw
 BATCH = 8  # videos at once
 READERS = 4
 FRAMES, FPS, SIZE = 16, 8, (224, 224)  # of a clip, where neither the user nor the network says otherwise
+PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # of onnxruntime, the first there is
 DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -61,7 +62,7 @@ class View(NamedTuple):
 
 
 class FeatureNetwork(NamedTuple):
-    """A function from clips of BATCH videos or fewer to features, the clips it takes, and what tells it from others."""
+    """A function from clips of BATCH videos or fewer to features, the clips, and what tells both from others."""
 
     apply: Callable[[UInt8[np.ndarray, "n t h w 3"]], Float[np.ndarray, "n f"]]
     frames: int
@@ -159,8 +160,8 @@ def _open_clip(path: Path, view: View) -> FeatureNetwork:
         return _mean_over_frames(np.asarray(encode(params, jnp.asarray(pictures_BHWC))), len(clip_NTHWC))
 
     frames, fps = view.frames or 1, view.fps or FPS
-    facts = {"network": "clip-vit-h-14", "frames": frames, "fps": fps, "size": list(size)}
-    return FeatureNetwork(apply, frames, fps, size, facts | {"sha256": _digest(path)})
+    facts = {"sha256": _digest(path), "frames": frames, "fps": fps, "size": list(size)}
+    return FeatureNetwork(apply, frames, fps, size, facts)
 
 
 def _open_onnx(path: Path, view: View) -> FeatureNetwork:
@@ -198,9 +199,9 @@ def _open_onnx(path: Path, view: View) -> FeatureNetwork:
         return feature_BF if "T" in axes else _mean_over_frames(feature_BF, len(clip_NTHWC))
 
     fps = view.fps or FPS
-    facts = {"network": path.name, "axes": axes, "output": output, "frames": frames, "fps": fps}
+    facts = {"sha256": _digest(path), "axes": axes, "output": output, "frames": frames, "fps": fps}
     facts |= {"size": [width, height]} | ({} if is_pixels else {"mean": mean.tolist(), "std": std.tolist()})
-    return FeatureNetwork(apply, frames, fps, (width, height), facts | {"sha256": _digest(path)})
+    return FeatureNetwork(apply, frames, fps, (width, height), facts)
 
 
 def _open_session(path: Path) -> Any:
@@ -211,7 +212,8 @@ def _open_session(path: Path) -> Any:
     except ImportError:
         raise UserError(f"--network {path} needs the package onnxruntime: pip install onnxruntime") from None
     try:
-        return onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
+        providers = [name for name in PROVIDERS if name in onnxruntime.get_available_providers()]
+        return onnxruntime.InferenceSession(str(path), providers=providers)
     except Exception as error:  # onnxruntime has a class for each fault, without a base of their own
         raise UserError(f"--network {path} cannot be opened by onnxruntime ({error}): export it again") from None
 
@@ -266,8 +268,10 @@ def _mean_over_frames(feature_BF: np.ndarray, videos: int) -> np.ndarray:
 
 
 def _digest(path: Path) -> str:
-    """What tells a file from others; of a folder, its name."""
-    if not path.is_file():
-        return path.name
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """What tells a file, or the files of a folder, from others."""
+    digests = []
+    for each in [path] if path.is_file() else sorted(path.rglob("*")):
+        if each.is_file():
+            with each.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if path.is_file() else hashlib.sha256("".join(digests).encode()).hexdigest()

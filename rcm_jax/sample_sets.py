@@ -85,8 +85,8 @@ def write_set(
     chunk: int,
     share: tuple[int, int] = (0, 1),
     keep_latents: bool = True,
-) -> None:
-    """Makes the samples of a plan that are not in the folder yet.
+) -> int:
+    """Makes the samples of a plan that are not in the folder yet, and says how many.
 
     `chunk` of them at a time go through text encoder, network and decoder, which take turns in the device's memory.
 
@@ -112,6 +112,7 @@ def write_set(
         if not keep_latents:
             for shot in shots:
                 latent_path(folder, shot.path).unlink()
+    return len(missing)
 
 
 def is_finished(folder: Path, shot: Shot) -> bool:

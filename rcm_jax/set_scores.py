@@ -88,6 +88,8 @@ def read_scores(path: Path) -> Scored:
 def _score_features(scored: Scored, samples: SampleSet, features: Features, real: Features | None) -> None:
     feature_NF = features.feature_NF
     scored.conditions["network"] = dict(features.facts)
+    if len(feature_NF) != scored.scores["n"]:
+        scored.notes.append(f"features are of {len(feature_NF)} videos, the folder has {scored.scores['n']} samples")
     if features.paths:
         prompts = {str(sample.path.relative_to(samples.folder)): sample.prompt for sample in samples.samples}
         rows = [row for row, path in enumerate(features.paths) if path in prompts]
