@@ -23,7 +23,7 @@ from launch import keep_compilations
 from rcm_jax import options
 from rcm_jax.config import Command, UserError
 from rcm_jax.layouts import LAYOUTS, Plan
-from rcm_jax.published import find_published
+from rcm_jax.published import find_published, parse_size
 
 SAMPLE = r"""Samples a benchmark's prompts into the folders and names that it reads.
 
@@ -220,20 +220,10 @@ def _write_features(words: Sequence[str]) -> None:
 def _add_view(command: Any) -> None:
     group = command.add_argument_group("network of features")
     for name, metavar, type_, text in (
-        (
-            "network",
-            "PATH",
-            Path,
-            "an .onnx file, or a checkpoint of CLIP's ViT-H/14 (the one of Wan2.1 image-to-video)",
-        ),
-        (
-            "clip-frames",
-            "N",
-            int,
-            "frames it sees of a video, the first N (default: its own number, or 16; of pictures 1)",
-        ),
-        ("clip-fps", "N", int, "frames a second (default: 8)"),
-        ("clip-size", "WxH", str, "of a frame, whose middle is resized to fill it (default: its own size, or 224x224)"),
+        ("network", "PATH", Path, "an .onnx file, or CLIP's checkpoint of Wan2.1 image-to-video"),
+        ("frames", "N", int, "the first N of a video (default: the network's, or 16; of a network of pictures 1)"),
+        ("fps", "N", int, "frames a second (default: 8)"),
+        ("size", "WxH", str, "of a frame, whose middle is resized to fill it (default: the network's, or 224x224)"),
         ("mean", "X[,X,X]", str, "it is given (pixel / 255 - mean) / std; default: 0.5"),
         ("std", "X[,X,X]", str, "default: 0.5, that is values from -1 to 1"),
         ("axes", "NCTHW", str, "order of the input's axes, where its shape does not tell"),
@@ -244,18 +234,15 @@ def _add_view(command: Any) -> None:
 
 def _check_view(arguments: Namespace) -> Any:
     """What a network sees of videos. Raises UserError for a value that breaks its rule, or one without a network."""
-    names = ("clip_frames", "clip_fps", "clip_size", "mean", "std", "axes", "output")
+    names = ("frames", "fps", "size", "mean", "std", "axes", "output")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if given and arguments.network is None:
         raise UserError(f"{options.spell(next(iter(given)))} belongs to --network: give it")
-    for name in ("clip_frames", "clip_fps"):
+    for name in ("frames", "fps"):
         if name in given:
             options.positive(options.spell(name), given[name])
-    if "clip_size" in given:
-        width, _, height = given["clip_size"].partition("x")
-        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-            raise UserError(f"--clip-size {given['clip_size']} must be WIDTHxHEIGHT: write --clip-size 224x224")
-        given["clip_size"] = int(width), int(height)
+    if "size" in given:
+        given["size"] = parse_size(given["size"])
     for name in ("mean", "std"):
         if name in given:
             values = options.numbers(f"--{name}", given[name])
@@ -267,7 +254,7 @@ def _check_view(arguments: Namespace) -> Any:
 
     if "axes" in given and given["axes"] not in AXES:
         raise UserError(f"--axes {given['axes']} must be one of {', '.join(AXES)}")
-    return View(**{name.removeprefix("clip_"): value for name, value in given.items()})
+    return View(**given)
 
 
 def _extract(network: Any, folder: Path, paths: Sequence[Path]) -> Any:
@@ -282,7 +269,7 @@ def _score(words: Sequence[str]) -> None:
     command.add_argument("set", type=Path, metavar="SET", help="the folder of samples")
     command.add_argument("--out", type=Path, metavar="DIR", help="where the scores go (default: SET)")
     command.add_argument(
-        "--real", type=Path, metavar="PATH", help="real videos: a folder, or a .safetensors of features"
+        "--real", type=Path, metavar="PATH", help="real videos: a folder, or a .safetensors file of features"
     )
     command.add_argument("--features", type=Path, metavar="FILE", help="features of SET that were computed before")
     _add_view(command)

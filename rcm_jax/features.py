@@ -179,9 +179,9 @@ def _open_onnx(path: Path, view: View) -> FeatureNetwork:
     if is_pixels and (view.mean or view.std):
         raise UserError(f"{path} takes pixels of 0 to 255 as they are: leave --mean and --std out")
     wide, high = view.size or (None, None)
-    frames = _fit(path, "--clip-frames", "frames", sizes.get("T"), view.frames, FRAMES if "T" in axes else 1)
-    width = _fit(path, "--clip-size", "columns", sizes["W"], wide, SIZE[0])
-    height = _fit(path, "--clip-size", "rows", sizes["H"], high, SIZE[1])
+    frames = _fit(path, "--frames", "frames", sizes.get("T"), view.frames, FRAMES if "T" in axes else 1)
+    width = _fit(path, "--size", "columns", sizes["W"], wide, SIZE[0])
+    height = _fit(path, "--size", "rows", sizes["H"], high, SIZE[1])
     mean, std = (np.array(values or (0.5,), np.float32) for values in (view.mean, view.std))
     outputs = [each.name for each in session.get_outputs()]
     output = view.output or outputs[0]
@@ -256,7 +256,7 @@ def _run(session: Any, path: Path, name: str, output: str, batch: np.ndarray, fi
     try:
         (found,) = session.run([output], {name: np.ascontiguousarray(batch)})
     except Exception as error:
-        raise UserError(f"{path} fails on an input of shape {batch.shape} ({error}): try another --clip-size") from None
+        raise UserError(f"{path} fails on an input of shape {batch.shape} ({error}): try another --size") from None
     if found.ndim < 2 or found.size != found.shape[0] * found.shape[1] or len(found) != len(batch):
         rule = "must be a vector for each input: choose another --output"
         raise UserError(f"output {output} of {path}, {found.shape} for {len(batch)} inputs, {rule}")

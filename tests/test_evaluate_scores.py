@@ -125,8 +125,8 @@ def test_clip_reads_pictures_and_frames(tmp_path, tiny):  # noqa: F811
 @pytest.mark.parametrize(
     ("axes", "lengths", "view", "message"),
     [
-        ("NCTHW", {}, View(frames=4), "--clip-frames asks for 4 frames, .* takes 5: leave it out"),
-        ("NCTHW", {}, View(size=(16, 16)), "--clip-size asks for 16 columns, .* takes 32: leave it out"),
+        ("NCTHW", {}, View(frames=4), "--frames asks for 4 frames, .* takes 5: leave it out"),
+        ("NCTHW", {}, View(size=(16, 16)), "--size asks for 16 columns, .* takes 32: leave it out"),
         ("NCTHW", {"T": 3}, View(), "which may be NCTHW or NTCHW: say so with --axes"),
         ("NCTHW", {"C": "c"}, View(), "which may be NCTHW or NTCHW or NTHWC: say so with --axes"),
         ("NCTHW", {}, View(axes="NTHWC"), "--axes NTHWC does not fit .* C must be 3"),
@@ -311,8 +311,8 @@ def test_features_of_different_networks_are_not_compared(tmp_path):
             "--std 0 must be one number or three, for red, green and blue, above 0",
         ),
         (["score", ".", "--network=a", "--mean=1,2"], "--mean 1,2 must be one number or three"),
-        (["score", ".", "--network=a", "--clip-size=big"], "--clip-size big must be WIDTHxHEIGHT"),
-        (["score", ".", "--network=a", "--clip-frames=0"], "--clip-frames 0 must be at least 1"),
+        (["score", ".", "--network=a", "--size=big"], "--size big must be WIDTHxHEIGHT"),
+        (["score", ".", "--network=a", "--frames=0"], "--frames 0 must be at least 1"),
         (["score", ".", "--network=a", "--axes=NHW"], "--axes NHW must be one of NCTHW"),
         (["features", ".", "--out=a"], "features needs --network"),
         (["features", ".", "--out=a", "--network=b.onnx"], ". has no video"),
