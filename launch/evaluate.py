@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from launch import keep_compilations
-from rcm_jax import options
+from launch.sample import check_order, describe_order, open_parts
+from rcm_jax import layouts, options
 from rcm_jax.config import Command, UserError
-from rcm_jax.layouts import LAYOUTS, Plan
 from rcm_jax.published import find_published, parse_size
 
 SAMPLE = r"""Samples a benchmark's prompts into the folders and names that it reads.
@@ -121,7 +121,7 @@ def _command(name: str, description: str) -> Command:
 
 def _sample(words: Sequence[str]) -> None:
     command = _command("sample", SAMPLE)
-    command.add_argument("--layout", choices=LAYOUTS, required=True, help="the benchmark")
+    command.add_argument("--layout", choices=layouts.LAYOUTS, required=True, help="the benchmark")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the set of samples")
     command.add_argument("--count", type=int, metavar="N", help="samples of a prompt (default: the benchmark's)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="seeds follow from it (default: 0)")
@@ -140,10 +140,8 @@ def _sample(words: Sequence[str]) -> None:
         _write_set(arguments, plan, share)
 
 
-def _check_sample(arguments: Namespace) -> tuple[Plan, tuple[int, int]]:
+def _check_sample(arguments: Namespace) -> tuple[layouts.Plan, tuple[int, int]]:
     """The samples, and which of them are this process's. Raises UserError for what does not fit."""
-    from rcm_jax.layouts import plan
-
     for name in ("model", "prompt_file"):
         if getattr(arguments, name) is None:
             raise UserError(f"sample needs {options.spell(name)}: give it")
@@ -160,8 +158,8 @@ def _check_sample(arguments: Namespace) -> tuple[Plan, tuple[int, int]]:
     if (frames == 1) != (arguments.layout == "geneval"):
         wanted = "--frames 1: it reads pictures" if frames > 1 else "--frames 81 or so: it reads videos"
         raise UserError(f"--layout {arguments.layout} cannot take {frames} frames: give {wanted}")
-    share = _parse_share(arguments.share)
-    return plan(arguments.layout, Path(arguments.prompt_file), count=arguments.count, seed=arguments.seed), share
+    share, file = _parse_share(arguments.share), Path(arguments.prompt_file)
+    return layouts.plan(arguments.layout, file, count=arguments.count, seed=arguments.seed), share
 
 
 def _parse_share(text: str) -> tuple[int, int]:
@@ -171,10 +169,8 @@ def _parse_share(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def _write_set(arguments: Any, plan: Plan, share: tuple[int, int]) -> None:
+def _write_set(arguments: Namespace, plan: layouts.Plan, share: tuple[int, int]) -> None:
     """Checks the rest, opens every checkpoint and makes the samples."""
-    from launch.sample import check_order, describe_order, open_parts
-
     order = check_order(arguments)
     keep_compilations()
     from rcm_jax import inference, sample_sets

@@ -8,7 +8,7 @@ import pytest
 from test_sampling_models import WAN, frames_of, parts, tiny, write_wan  # noqa: F401  (fixtures)
 
 from launch import evaluate, sample
-from rcm_jax import inference, layouts, media, sample_sets
+from rcm_jax import comparison, inference, layouts, media, sample_sets, set_scores
 from rcm_jax.config import UserError
 from rcm_jax.convert.loading import Transformer
 from rcm_jax.data.tokenizer import Tokens
@@ -129,6 +129,13 @@ def test_vbench_videos_are_those_of_launch_sample(tmp_path, parts):  # noqa: F81
     sample.main([*words, "--prompt=a red cat", f"--seeds={metadata['seed']}", f"--out={tmp_path / 'one'}"])
     (alone,) = (tmp_path / "one").iterdir()
     np.testing.assert_array_equal(frames_of(alone), frames_of(out / "videos" / "a red cat-1.mp4"))
+    evaluate.main(["score", str(out)])
+    scores = set_scores.read_scores(out / "scores.json").scores
+    assert min(scores["latent_diversity"], scores["frames_per_second"]) > 0
+    first, second = (sample_sets.list_samples(folder) for folder in (out, tmp_path / "one"))
+    ((ours, theirs),) = comparison.pair(first, second).pairs
+    assert (ours.path.name, theirs.path.name) == ("a red cat-1.mp4", alone.name)
+    assert ours.settings == theirs.settings | {"layout": "vbench", "first_seed": 0}
 
 
 class Killed(Exception):
