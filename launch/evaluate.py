@@ -123,6 +123,9 @@ def _sample(words: Sequence[str]) -> None:
     command = _command("sample", SAMPLE)
     command.add_argument("--layout", choices=layouts.LAYOUTS, required=True, help="the benchmark")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the set of samples")
+    command.add_argument(
+        "--captions", type=Path, metavar="FILE", help="a line for each prompt, that the model is given in its place"
+    )
     command.add_argument("--count", type=int, metavar="N", help="samples of a prompt (default: the benchmark's)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="seeds follow from it (default: 0)")
     command.add_argument("--chunk", type=int, default=128, metavar="N", help="samples of a turn (default: 128)")
@@ -133,9 +136,9 @@ def _sample(words: Sequence[str]) -> None:
     arguments = command.parse_args(words)
     with command.reports_user_errors():
         plan, share = _check_sample(arguments)
-        prompts = list(dict.fromkeys(shot.prompt for shot in plan.shots))
+        captions = list(dict.fromkeys(shot.caption for shot in plan.shots))
         # What launch.sample takes besides: this command samples captions alone.
-        besides = {"image": None, "image_encoder": None, "embeddings": None, "seeds": "0", "prompt": prompts}
+        besides = {"image": None, "image_encoder": None, "embeddings": None, "seeds": "0", "prompt": captions}
         arguments = Namespace(**(vars(arguments) | besides | {"prompt_file": None}))
         _write_set(arguments, plan, share)
 
@@ -158,8 +161,15 @@ def _check_sample(arguments: Namespace) -> tuple[layouts.Plan, tuple[int, int]]:
     if (frames == 1) != (arguments.layout == "geneval"):
         wanted = "--frames 1: it reads pictures" if frames > 1 else "--frames 81 or so: it reads videos"
         raise UserError(f"--layout {arguments.layout} cannot take {frames} frames: give {wanted}")
-    share, file = _parse_share(arguments.share), Path(arguments.prompt_file)
-    return layouts.plan(arguments.layout, file, count=arguments.count, seed=arguments.seed), share
+    share = _parse_share(arguments.share)
+    plan = layouts.plan(
+        arguments.layout,
+        Path(arguments.prompt_file),
+        captions=arguments.captions,
+        count=arguments.count,
+        seed=arguments.seed,
+    )
+    return plan, share
 
 
 def _parse_share(text: str) -> tuple[int, int]:
@@ -181,7 +191,7 @@ def _write_set(arguments: Namespace, plan: layouts.Plan, share: tuple[int, int])
     facts = describe_order(arguments, order, parts.transformer.model)
     sampling = sample_sets.Sampling(
         parts=parts,
-        prompts=order.prompts,
+        captions=order.prompts,
         settings=settings,
         shape_THWC=parts.autoencoder.config.latent_shape((order.frames, *reversed(order.size))),
         fps=order.fps,

@@ -24,12 +24,16 @@ LONGEST = 220  # bytes of a name without its suffix: file systems take 255, with
 
 
 class Shot(NamedTuple):
-    """A sample that is wanted: its prompt, which of the prompt's samples it is, its seed, and its file in the set."""
+    """A sample that is wanted: its prompt, which of the prompt's samples it is, its seed, and its file in the set.
+
+    The model is given the caption, which is the prompt or a longer form of it.
+    """
 
     prompt: str
     index: int
     seed: int
     path: Path
+    caption: str
 
 
 class Plan(NamedTuple):
@@ -40,14 +44,17 @@ class Plan(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A prompt of a file: its folder among the samples, and the whole of its line."""
+    """A prompt of a file: its folder among the samples, the whole of its line, and its caption."""
 
     prompt: str
     folder: str = ""
     line: str = ""
+    caption: str = ""
 
 
-def plan(layout: LayoutName, prompt_file: Path, *, count: int | None = None, seed: int = 0) -> Plan:
+def plan(
+    layout: LayoutName, prompt_file: Path, *, captions: Path | None = None, count: int | None = None, seed: int = 0
+) -> Plan:
     """The samples that a benchmark wants of each prompt, in the order of the prompts.
 
     A prompt that is there twice is sampled once, except for GenEval, which numbers them. A sample's seed follows from
@@ -58,24 +65,32 @@ def plan(layout: LayoutName, prompt_file: Path, *, count: int | None = None, see
             of the prompt, "geneval" images/NUMBER/samples/INDEX.png with the prompt's line in metadata.jsonl.
         prompt_file: VBench_full_info.json or VBench2_full_info.json, a text file with one prompt a line (for "vbench2"
             called DIMENSION.txt), or GenEval's evaluation_metadata.jsonl.
+        captions: a text file with a line for each prompt, in their order, that the model is given in its place.
         count: samples of a prompt; None as many as the benchmark wants.
         seed: 0 to 2^31 - 1.
 
     Raises:
-        UserError: the file is not such a file, or a prompt makes no file name, or the name of another prompt.
+        UserError: the file is not such a file, there is not a caption for each prompt, or a prompt makes no file name,
+            or the name of another prompt.
     """
-    entries = list(dict.fromkeys(_read_entries(layout, prompt_file)))
+    entries = list(_read_entries(layout, prompt_file))
     if not entries:
         raise UserError(f"--prompt-file {prompt_file} has no prompt: give one with some")
+    if captions is not None:
+        entries = _with_captions(entries, captions, prompt_file)
+    once: dict[tuple[str, ...], _Entry] = {}
+    for entry in entries:
+        once.setdefault(entry[:3], entry)
     shots, files = [], {}
-    for number, entry in enumerate(entries):
+    for number, entry in enumerate(once.values()):
         folder = Path("images", f"{number:05d}") if layout == "geneval" else Path("videos", entry.folder)
         if layout == "geneval":
             files[folder / "metadata.jsonl"] = entry.line + "\n"
         for index in range(count or _count(layout, entry)):
             name = f"samples/{index:05d}.png" if layout == "geneval" else _name(layout, entry.prompt, index)
             path = folder / name
-            shots.append(Shot(entry.prompt, index, draw_seed(seed, entry.prompt, index), path))
+            caption = entry.caption or entry.prompt
+            shots.append(Shot(entry.prompt, index, draw_seed(seed, entry.prompt, index), path, caption))
     _check_names(shots)
     return Plan(shots, files)
 
@@ -108,11 +123,24 @@ def _check_names(shots: list[Shot]) -> None:
             raise UserError(f"prompts {other!r} and {shot.prompt!r} share the name {shot.path.name}: leave one out")
 
 
-def _read_entries(layout: LayoutName, path: Path) -> Iterator[_Entry]:
+def _read_text(option: str, path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt-file {path} cannot be read as text: {error}") from None
+        raise UserError(f"{option} {path} cannot be read as text: {error}") from None
+
+
+def _with_captions(entries: list[_Entry], path: Path, prompt_file: Path) -> list[_Entry]:
+    lines = [line.strip() for line in _read_text("--captions", path).splitlines() if line.strip()]
+    if len(lines) != len(entries):
+        raise UserError(
+            f"--captions {path} has {len(lines)} lines, {prompt_file} has {len(entries)} prompts: give a line for each"
+        )
+    return [entry._replace(caption=line) for entry, line in zip(entries, lines, strict=True)]
+
+
+def _read_entries(layout: LayoutName, path: Path) -> Iterator[_Entry]:
+    text = _read_text("--prompt-file", path)
     if layout == "geneval":
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():

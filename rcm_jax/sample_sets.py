@@ -29,7 +29,7 @@ from rcm_jax.published import parse_size
 RECORD = "sampling.json"
 SUFFIXES = (".mp4", ".png")
 # What differs between the samples of a run.
-OWN = ("prompt", "seed", "index", "embedding", "device", "sampling_seconds", "decoding_seconds")
+OWN = ("prompt", "caption", "seed", "index", "embedding", "device", "sampling_seconds", "decoding_seconds")
 
 
 class Sample(NamedTuple):
@@ -59,8 +59,8 @@ class Sampling(NamedTuple):
     """How the samples of a set are made.
 
     Attributes:
-        parts: the opened networks; the tokens are those of `prompts`, in their order, and of the negative caption.
-        prompts: every prompt of the plan once.
+        parts: the opened networks; the tokens are those of `captions`, in their order, and of the negative caption.
+        captions: every caption of the plan once.
         settings: of the sampler.
         shape_THWC: of a latent.
         fps: frames a second.
@@ -69,7 +69,7 @@ class Sampling(NamedTuple):
     """
 
     parts: inference.Parts
-    prompts: Sequence[str]
+    captions: Sequence[str]
     settings: inference.Settings
     shape_THWC: tuple[int, ...]
     fps: int
@@ -116,15 +116,16 @@ def write_set(
 
 
 def is_finished(folder: Path, shot: Shot) -> bool:
-    """Whether a sample is there. Raises UserError if its file shows another prompt or seed."""
+    """Whether a sample is there. Raises UserError if its file shows another prompt, caption or seed."""
     path = folder / shot.path
     if not path.exists():
         return False
     metadata = _read_metadata(path)
-    if (metadata.get("prompt"), metadata.get("seed")) != (shot.prompt, shot.seed):
+    found = tuple(metadata.get(name) for name in ("prompt", "caption", "seed"))
+    if found != (shot.prompt, shot.caption, shot.seed):
         raise UserError(
-            f"{path} shows prompt {metadata.get('prompt')!r} and seed {metadata.get('seed')}, wanted are"
-            f" {shot.prompt!r} and {shot.seed}: give another --out"
+            f"{path} is of prompt, caption and seed {found}, wanted are"
+            f" {(shot.prompt, shot.caption, shot.seed)}: give another --out"
         )
     return True
 
@@ -222,9 +223,9 @@ def _sample(folder: Path, shots: Sequence[Shot], sampling: Sampling) -> None:
     wanted = [shot for shot in shots if not latent_path(folder, shot.path).exists()]
     if not wanted:
         return
-    prompts = list(dict.fromkeys(shot.prompt for shot in wanted))
-    texts = inference.encode_texts(_with_prompts(sampling, prompts), len(prompts))
-    rows = [(prompts.index(shot.prompt), shot.seed) for shot in wanted]
+    captions = list(dict.fromkeys(shot.caption for shot in wanted))
+    texts = inference.encode_texts(_with_captions(sampling, captions), len(captions))
+    rows = [(captions.index(shot.caption), shot.seed) for shot in wanted]
     condition = inference.Condition()
     latents = inference.each_latent(
         sampling.parts.transformer, texts, rows, sampling.shape_THWC, sampling.settings, condition
@@ -232,17 +233,17 @@ def _sample(folder: Path, shots: Sequence[Shot], sampling: Sampling) -> None:
     mesh = sampling.parts.transformer.mesh
     device = f"{1 if mesh is None else mesh.size} x {jax.devices()[0].device_kind}"
     for shot, (latent_THWC, seconds) in zip(wanted, _timed(latents), strict=True):
-        metadata = {"prompt": shot.prompt, "seed": str(shot.seed)}
+        metadata = {"prompt": shot.prompt, "caption": shot.caption, "seed": str(shot.seed)}
         metadata |= {"device": device, "sampling_seconds": f"{seconds:.6g}"}
         export_safetensors(latent_path(folder, shot.path), {"latent": latent_THWC}, metadata)
 
 
-def _with_prompts(sampling: Sampling, prompts: Sequence[str]) -> inference.Parts:
-    """The networks, with the tokens of some of the prompts, and of the negative caption if it is needed."""
+def _with_captions(sampling: Sampling, captions: Sequence[str]) -> inference.Parts:
+    """The networks, with the tokens of some of the captions, and of the negative one if it is needed."""
     tokens = sampling.parts.tokens
     assert tokens is not None
-    numbers = {prompt: number for number, prompt in enumerate(sampling.prompts)}
-    rows = [numbers[prompt] for prompt in prompts] + list(range(len(numbers), len(tokens.ids_BS)))
+    numbers = {caption: number for number, caption in enumerate(sampling.captions)}
+    rows = [numbers[caption] for caption in captions] + list(range(len(numbers), len(tokens.ids_BS)))
     return sampling.parts._replace(tokens=Tokens(tokens.ids_BS[rows], tokens.mask_BS[rows]))
 
 
@@ -250,13 +251,17 @@ def _decode(folder: Path, shots: Sequence[Shot], sampling: Sampling) -> None:
     """Writes the samples of latents."""
     latents, said = zip(*(read_latent(latent_path(folder, shot.path)) for shot in shots), strict=True)
     for shot, facts in zip(shots, said, strict=True):
-        if (facts.get("prompt"), facts.get("seed")) != (shot.prompt, str(shot.seed)):
+        found = tuple(facts.get(name) for name in ("prompt", "caption", "seed"))
+        if found != (shot.prompt, shot.caption, str(shot.seed)):
             path = latent_path(folder, shot.path)
-            raise UserError(f"{path} is of another prompt or seed than {shot.prompt!r}, {shot.seed}: remove it")
+            raise UserError(
+                f"{path} is of another prompt, caption or seed than {shot.prompt!r}, {shot.seed}: remove it"
+            )
     films = inference.decode(sampling.parts.autoencoder, latents, tiled=sampling.tiled)
     for shot, facts, (video_THWC, seconds) in zip(shots, said, _timed(films), strict=True):
         metadata = {
             "prompt": shot.prompt,
+            "caption": shot.caption,
             "seed": shot.seed,
             "index": shot.index,
             **sampling.facts,

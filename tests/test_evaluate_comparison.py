@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_videos_of_a_prompt_and_seed_stand_side_by_side(tmp_path, capsys):
     for video, (folder, prompt, seed) in zip(
         shown(page), [(f, p, s) for p, s in ((ODD, 1), ("a dog", 2)) for f in "ab"], strict=True
     ):
-        path = tmp_path / "pages" / unquote(video["src"])
+        path = tmp_path / "pages" / unquote(urlsplit(video["src"]).path)
         assert path.resolve().is_relative_to(tmp_path / folder)
         metadata = media.read_metadata(path)
         assert (metadata["prompt"], metadata["seed"]) == (prompt, seed)

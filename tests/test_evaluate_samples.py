@@ -8,7 +8,7 @@ import pytest
 from test_sampling_models import WAN, frames_of, parts, tiny, write_wan  # noqa: F401  (fixtures)
 
 from launch import evaluate, sample
-from rcm_jax import comparison, inference, layouts, media, sample_sets, set_scores
+from rcm_jax import inference, layouts, media, sample_sets, set_scores
 from rcm_jax.config import UserError
 from rcm_jax.convert.loading import Transformer
 from rcm_jax.data.tokenizer import Tokens
@@ -87,6 +87,20 @@ def test_a_seed_depends_on_its_own_prompt_alone(tmp_path):
     assert not set(both.values()) & set(seeds("a\nb", seed=1).values())
 
 
+def test_captions_take_the_place_of_prompts_and_change_no_name(tmp_path):
+    """Nor a seed. Of a prompt that is there twice the first caption counts."""
+    prompts = write_prompts(tmp_path / "a.txt", "vbench")  # a cat, a red cat, a cat
+    (tmp_path / "b.txt").write_text("a furry cat\n\na red furry cat\nanother cat\n")
+    plain = layouts.plan("vbench", prompts, count=1).shots
+    longer = layouts.plan("vbench", prompts, captions=tmp_path / "b.txt", count=1).shots
+    assert [shot.caption for shot in plain] == PROMPTS
+    assert [shot.caption for shot in longer] == ["a furry cat", "a red furry cat"]
+    assert [shot[:4] for shot in longer] == [shot[:4] for shot in plain]
+    (tmp_path / "b.txt").write_text("a furry cat\na red furry cat\n")
+    with pytest.raises(UserError, match=r"b\.txt has 2 lines, .*a\.txt has 3 prompts: give a line for each"):
+        layouts.plan("vbench", prompts, captions=tmp_path / "b.txt")
+
+
 @pytest.mark.parametrize(
     ("layout", "file", "text", "message"),
     [
@@ -117,25 +131,33 @@ def test_vbench_videos_are_those_of_launch_sample(tmp_path, parts):  # noqa: F81
     words = ["--model=wan2.1-t2v", f"--dit={write_wan(tmp_path / 'dit', WAN)}", *parts, "--size=32x16", "--frames=5"]
     words += ["--dtype=float32", "--steps=1", "--fps=8"]
     out, prompts = tmp_path / "out", write_prompts(tmp_path / "a.txt", "vbench")
-    task = ["--layout=vbench", f"--prompt-file={prompts}", f"--out={out}", "--count=2", "--chunk=3"]
+    (tmp_path / "b.txt").write_text("a cat\na red red cat\na cat")
+    task = ["--layout=vbench", f"--prompt-file={prompts}", f"--captions={tmp_path / 'b.txt'}", f"--out={out}"]
+    task += ["--count=2", "--chunk=3"]
     evaluate.main(["sample", *task, *words])
     videos = [f"videos/{prompt}-{index}.mp4" for prompt in PROMPTS for index in range(2)]
     assert names(out) == sorted(["sampling.json", *videos, *(f"latents/{video}.safetensors" for video in videos)])
     assert sorted(os.listdir(out / "videos")) == sorted(name.removeprefix("videos/") for name in videos)
     metadata = media.read_metadata(out / "videos" / "a red cat-1.mp4")
-    expected = {"prompt": "a red cat", "index": 1, "steps": 1, "sampler": "unipc", "device": "1 x cpu", "fps": 8}
+    expected = {
+        "prompt": "a red cat",
+        "caption": "a red red cat",
+        "index": 1,
+        "steps": 1,
+        "sampler": "unipc",
+        "device": "1 x cpu",
+        "fps": 8,
+    }
     assert {name: metadata[name] for name in expected} == expected
     assert min(metadata["sampling_seconds"], metadata["decoding_seconds"]) > 0
-    sample.main([*words, "--prompt=a red cat", f"--seeds={metadata['seed']}", f"--out={tmp_path / 'one'}"])
+    sample.main([*words, "--prompt=a red red cat", f"--seeds={metadata['seed']}", f"--out={tmp_path / 'one'}"])
     (alone,) = (tmp_path / "one").iterdir()
     np.testing.assert_array_equal(frames_of(alone), frames_of(out / "videos" / "a red cat-1.mp4"))
     evaluate.main(["score", str(out)])
     scores = set_scores.read_scores(out / "scores.json").scores
     assert min(scores["latent_diversity"], scores["frames_per_second"]) > 0
-    first, second = (sample_sets.list_samples(folder) for folder in (out, tmp_path / "one"))
-    ((ours, theirs),) = comparison.pair(first, second).pairs
-    assert (ours.path.name, theirs.path.name) == ("a red cat-1.mp4", alone.name)
-    assert ours.settings == theirs.settings | {"layout": "vbench", "first_seed": 0}
+    ours, theirs = (sample_sets.list_samples(folder).samples for folder in (out, tmp_path / "one"))
+    assert ours[-1].settings == theirs[0].settings | {"layout": "vbench", "first_seed": 0}
 
 
 class Killed(Exception):
@@ -227,7 +249,7 @@ def test_a_set_has_one_way_of_sampling(tmp_path, sampled):
     before = write(tmp_path / "out")
     with pytest.raises(UserError, match=r"was sampled with other steps \(steps was 2, now 3\): give another --out"):
         write(tmp_path / "out", steps=3)
-    with pytest.raises(UserError, match="shows prompt 'a cat' and seed"):
+    with pytest.raises(UserError, match="is of prompt, caption and seed"):
         write(tmp_path / "out", seed=1)
     assert names(tmp_path / "out") == before
 
@@ -238,25 +260,22 @@ def test_a_latent_of_another_prompt_is_refused(tmp_path, sampled):
     video.unlink()
     latents = tmp_path / "out" / "latents" / "videos"
     (latents / "a red cat-0.mp4.safetensors").rename(latents / "a cat-0.mp4.safetensors")
-    with pytest.raises(UserError, match=r"is of another prompt or seed than 'a cat', \d+: remove it"):
+    with pytest.raises(UserError, match=r"is of another prompt, caption or seed than 'a cat', \d+: remove it"):
         write(tmp_path / "out")
     assert not video.exists()
 
 
 def test_a_file_of_another_prompt_is_not_taken_for_finished(tmp_path):
-    shot = layouts.Shot("a cat", 0, 7, layouts.Path("videos/a-0.mp4"))
+    shot = layouts.Shot("a cat", 0, 7, layouts.Path("videos/a-0.mp4"), "a furry cat")
     video = np.zeros((2, 16, 16, 3), np.uint8)
     assert not sample_sets.is_finished(tmp_path, shot)
-    for metadata, is_same in (
-        ({"prompt": "a cat", "seed": 7}, True),
-        ({"prompt": "a dog", "seed": 7}, False),
-        ({}, False),
-    ):
+    same = {"prompt": "a cat", "caption": "a furry cat", "seed": 7}
+    for metadata, is_same in ((same, True), (same | {"caption": "a cat"}, False), ({}, False)):
         media.write_video(tmp_path / shot.path, video, fps=8, metadata=metadata)
         if is_same:
             assert sample_sets.is_finished(tmp_path, shot)
         else:
-            with pytest.raises(UserError, match=r"wanted are 'a cat' and 7: give another --out"):
+            with pytest.raises(UserError, match=r"wanted are \('a cat', 'a furry cat', 7\): give another --out"):
                 sample_sets.is_finished(tmp_path, shot)
 
 
