@@ -144,7 +144,7 @@ def _open_clip(path: Path, view: View) -> FeatureNetwork:
     """The vector of the whole picture, averaged over frames; frames are prepared as CLIP wants them."""
     for name in ("mean", "std", "axes", "output"):
         if getattr(view, name) is not None:
-            raise UserError(f"--{name} is of no use to CLIP, whose checkpoint {path} should be: leave it out")
+            raise UserError(f"--{name} is of no use to CLIP, which is what {path} should be: leave it out")
     preset = clip.PRESETS["clip-vit-h-14"]
     encoder = open_image_encoder(path, preset)
     params = jax.device_put(encoder.load())

@@ -121,7 +121,7 @@ def _score_features(scored: Scored, samples: SampleSet, features: Features, real
     if fewest <= feature_NF.shape[1]:
         scored.notes.append(
             f"the Fréchet distance is of {fewest} videos and {feature_NF.shape[1]} features: with fewer videos than"
-            " features its covariances are singular, and it is far too large"
+            " features its covariances are singular and its bias is large"
         )
 
 
