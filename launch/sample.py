@@ -129,7 +129,7 @@ class Order(NamedTuple):
 
 def _sample_model(arguments: Namespace) -> None:
     """Checks everything, then lets text encoder, image encoders, network and decoder take turns in memory."""
-    order = _check_order(arguments)
+    order = check_order(arguments)
     keep_compilations()
     import numpy as np
 
@@ -137,7 +137,7 @@ def _sample_model(arguments: Namespace) -> None:
 
     settings = inference.Settings(**order.sampling)
     inference.sample_times(settings)
-    parts = _open_parts(arguments, order, settings)
+    parts = open_parts(arguments, order, settings)
     texts = inference.encode_texts(parts, len(order.prompts))
     condition = inference.Condition()
     if order.given is not None:
@@ -151,7 +151,7 @@ def _sample_model(arguments: Namespace) -> None:
     for number, ((text, seed), video_THWC) in enumerate(films, _first_number(arguments.out)):
         prompt = order.prompts[text] if order.prompts else None
         metadata = {"prompt": prompt, "embedding": None if prompt else text, "seed": seed}
-        metadata |= _metadata(arguments, order, parts.transformer.model)
+        metadata |= describe_order(arguments, order, parts.transformer.model)
         path = arguments.out / f"{number:04d}_seed{seed}"
         if order.frames == 1:
             path = path.with_suffix(".png")
@@ -168,7 +168,7 @@ def _first_number(folder: Path) -> int:
     return 1 + max((int(number[1]) for number in numbers if number), default=-1)
 
 
-def _check_order(arguments: Namespace) -> Order:
+def check_order(arguments: Namespace) -> Order:
     """Everything that can be known before a checkpoint is opened. Raises UserError for what does not fit."""
     published = find_published(arguments.model)
     for name in ("dit", "vae"):
@@ -231,7 +231,7 @@ def _read_given(arguments: Namespace, published: Published, frames: int) -> Any:
     return read_last_frames(video, count)
 
 
-def _open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
+def open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
     """Opens every checkpoint, tokenises the captions and reads the embeddings; loads no network yet."""
     import jax.numpy as jnp
 
@@ -262,7 +262,7 @@ def _open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
     return inference.Parts(transformer, autoencoder, text_encoder, image_encoder, tokens, embedded)
 
 
-def _metadata(arguments: Namespace, order: Order, model: str) -> dict[str, Any]:
+def describe_order(arguments: Namespace, order: Order, model: str) -> dict[str, Any]:
     """The settings that all files of a command share."""
     has_guidance = max(order.sampling["guidance"]) > 1
     return {

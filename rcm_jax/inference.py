@@ -293,27 +293,40 @@ def sample_latents(
     condition: Condition,
 ) -> list[Float[np.ndarray, "t h w c"]]:
     """A latent of each (number of a text, seed), one after the other: none depends on the others. Shows progress."""
-    experts, latents = Experts(transformer), []
+    return list(each_latent(transformer, texts, rows, shape_THWC, settings, condition))
+
+
+def each_latent(
+    transformer: Transformer,
+    texts: Texts,
+    rows: Sequence[tuple[int, int]],
+    shape_THWC: tuple[int, ...],
+    settings: Settings,
+    condition: Condition,
+) -> Iterator[Float[np.ndarray, "t h w c"]]:
+    """The latents of `sample_latents`, each as soon as it is there; the network stays on the device until the end."""
+    experts = Experts(transformer)
     steps = len(sample_times(settings)) - 1
-    with tqdm(total=len(rows) * steps, desc="sampling", unit="step", disable=None) as bar:
-        for number, seed in rows:
-            text_BSD, negative_BSD = texts.text_NSD[number][None], texts.negative_SD[None]
+    try:
+        with tqdm(total=len(rows) * steps, desc="sampling", unit="step", disable=None) as bar:
+            for number, seed in rows:
+                text_BSD, negative_BSD = texts.text_NSD[number][None], texts.negative_SD[None]
 
-            def velocity(
-                x: jax.Array, s_B: jax.Array, text: np.ndarray = text_BSD, negative: np.ndarray = negative_BSD
-            ):
-                index = experts.index_at(float(s_B[0]))
-                params, guidance = experts.on_device(index), settings.guidance[index]
-                v = evaluate(transformer.network, params, x, s_B, text, negative, condition, guidance)
-                bar.update()
-                return jax.block_until_ready(v)
+                def velocity(
+                    x: jax.Array, s_B: jax.Array, text: np.ndarray = text_BSD, negative: np.ndarray = negative_BSD
+                ):
+                    index = experts.index_at(float(s_B[0]))
+                    params, guidance = experts.on_device(index), settings.guidance[index]
+                    v = evaluate(transformer.network, params, x, s_B, text, negative, condition, guidance)
+                    bar.update()
+                    return jax.block_until_ready(v)
 
-            latent_BTHWC = sample_latent(velocity, seed, shape_THWC, settings)
-            if condition.given_BTHWC is not None:
-                latent_BTHWC = put_given(latent_BTHWC, condition.given_BTHWC)
-            latents.append(np.asarray(latent_BTHWC[0]))
-    experts.free()
-    return latents
+                latent_BTHWC = sample_latent(velocity, seed, shape_THWC, settings)
+                if condition.given_BTHWC is not None:
+                    latent_BTHWC = put_given(latent_BTHWC, condition.given_BTHWC)
+                yield np.asarray(latent_BTHWC[0])
+    finally:
+        experts.free()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ It opens from disk without a network: pictures and videos are inside it, curves 
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple, SupportsFloat
@@ -40,7 +40,13 @@ SCORES = {
     "recall": Score("Recall", "higher", ".3f"),
     "coverage": Score("Coverage", "higher", ".3f"),
     "diversity": Score("Diversity (real = 1)", "", ".3f"),
+    "feature_diversity": Score("Feature diversity", "", ".3f"),
+    "latent_diversity": Score("Latent diversity", "", ".3f"),
+    "sampling_seconds": Score("Sampling, s", "lower", ".3g"),
+    "decoding_seconds": Score("Decoding, s", "lower", ".3g"),
+    "frames_per_second": Score("Frames a second", "higher", ".3g"),
     "n": Score("Videos scored", "", ",.0f"),
+    "n_real": Score("Real videos", "", ",.0f"),
 }
 ARROWS = {"higher": "↑", "lower": "↓", "": ""}
 
@@ -69,22 +75,24 @@ def write_report(
     unequal length, and videos that browsers cannot play.
     """
     sections = [
-        _facts(facts),
-        _section("Scores", _score_table(scores, targets or {})),
-        _section("Methods compared", _method_table(methods)) if methods else "",
-        _section("Samples", _video_table(videos), PLAY_BUTTON) if videos else "",
-        _section("Training curves", _curve_grid(curves)) if curves else "",
-        _section("Sample frames", _grid(grid_png)) if grid_png else "",
+        facts_list(facts),
+        section("Scores", _score_table(scores, targets or {})),
+        section("Methods compared", method_table(methods)) if methods else "",
+        section("Samples", _video_table(videos), PLAY_BUTTON) if videos else "",
+        section("Training curves", _curve_grid(curves)) if curves else "",
+        section("Sample frames", _grid(grid_png)) if grid_png else "",
     ]
     page = PAGE.format(title=escape(title), style=STYLE, script=SCRIPT if videos else "", body="\n".join(sections))
     media.write_file(path, page.encode("utf-8", "replace"))
 
 
-def _section(heading: str, content: str, extra: str = "") -> str:
+def section(heading: str, content: str, extra: str = "") -> str:
+    """A part of the page: HTML under a heading, with `extra` beside it."""
     return f"<section><header><h2>{escape(heading)}</h2>{extra}</header>{content}</section>"
 
 
-def _facts(facts: Mapping[str, object]) -> str:
+def facts_list(facts: Mapping[str, object]) -> str:
+    """Names and values; "command" gets a line of its own."""
     items = []
     for name, value in facts.items():
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -108,28 +116,31 @@ def _score_table(scores: Scores, targets: Mapping[str, Mapping[str, Bound]]) -> 
     rows = []
     for name in _names(scores):
         cells = "".join(
-            f"<td>{_value(name, values.get(name))}{_target(name, values, targets.get(column, {}))}</td>"
+            f"<td>{format_score(name, values.get(name))}{_target(name, values, targets.get(column, {}))}</td>"
             for column, values in scores.items()
         )
         rows.append(f'<tr><th scope="row">{_label(name)}</th>{cells}</tr>')
-    return f"{_verdict(scores, targets)}{_table(head, rows)}"
+    return f"{_verdict(scores, targets)}{table(head, rows)}"
 
 
-def _method_table(methods: Scores) -> str:
+def method_table(methods: Scores, unjudged: Collection[str] = ()) -> str:
+    """A row a method, the best of each score bold, save of those that cannot be compared."""
     names = _names(methods)
     head = "".join(f'<th scope="col">{_label(name)}</th>' for name in names)
-    best = {name: _best(name, [values.get(name) for values in methods.values()]) for name in names}
+    judged = [name for name in names if name not in unjudged]
+    best = {name: _best(name, [values.get(name) for values in methods.values()]) for name in judged}
     rows = []
     for method, values in methods.items():
         cells = ""
         for name in names:
-            text = _value(name, values.get(name))
-            cells += f"<td>{f'<b>{text}</b>' if text == best[name] else text}</td>"
+            text = format_score(name, values.get(name))
+            cells += f"<td>{f'<b>{text}</b>' if text == best.get(name) else text}</td>"
         rows.append(f'<tr><th scope="row">{escape(method)}</th>{cells}</tr>')
-    return _table(head, rows)
+    return table(head, rows)
 
 
-def _table(head: str, rows: Sequence[str]) -> str:
+def table(head: str, rows: Sequence[str]) -> str:
+    """Rows under a head whose first cell is empty."""
     body = "".join(rows)
     return f'<div class="scroll"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -140,26 +151,27 @@ def _names(scores: Scores) -> list[str]:
     return [name for name in SCORES if name in given] + [name for name in given if name not in SCORES]
 
 
-def _score(name: str) -> Score:
+def find_score(name: str) -> Score:
+    """How a score of this name is shown."""
     return SCORES.get(name, Score(name.replace("_", " "), "", ".4g"))
 
 
 def _label(name: str) -> str:
-    score = _score(name)
+    score = find_score(name)
     arrow = ARROWS[score.better]
     hint = f'&nbsp;<span class="muted" title="{score.better} is better">{arrow}</span>' if arrow else ""
     return escape(score.label) + hint
 
 
-def _value(name: str, value: SupportsFloat | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else format(float(value), _score(name).format)
+def format_score(name: str, value: SupportsFloat | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else format(float(value), find_score(name).format)
 
 
 def _best(name: str, values: Sequence[SupportsFloat | None]) -> str | None:
     """The best value as shown (ties on paper are ties), None where no direction is better or nothing is compared."""
     finite = [float(value) for value in values if value is not None and math.isfinite(value)]
-    better = {"higher": max, "lower": min}.get(_score(name).better)
-    return _value(name, better(finite)) if better and len(finite) > 1 else None
+    better = {"higher": max, "lower": min}.get(find_score(name).better)
+    return format_score(name, better(finite)) if better and len(finite) > 1 else None
 
 
 def _met(value: SupportsFloat, bound: Bound) -> bool:
@@ -171,7 +183,7 @@ def _target(name: str, values: Mapping[str, SupportsFloat], bounds: Mapping[str,
         return ""
     sign = {">=": "≥", "<=": "≤"}[bounds[name][0]]
     number = bounds[name][1]
-    bound = f"{100 * number:.3g}%" if _score(name).format.endswith("%") else f"{number:.3g}"
+    bound = f"{100 * number:.3g}%" if find_score(name).format.endswith("%") else f"{number:.3g}"
     if _met(values[name], bounds[name]):
         return f'<small class="met" title="target met">✓ {sign} {bound}</small>'
     return f'<small class="missed" title="target missed">✗ {sign} {bound}</small>'

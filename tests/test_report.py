@@ -19,7 +19,7 @@ SCORES = {
     "teacher, 50 steps": {"caption_accuracy": np.float32(0.98), "frechet": 1.234},
     "student, 4 steps": {"caption_accuracy": jnp.float32(0.875), "frechet": float("nan"), "motion_blur": 2},
 }
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "input"}
 
 
 class Page(HTMLParser):

@@ -192,7 +192,7 @@ def test_plain_grad_in_forward_mode_names_the_other_mode(wrt, params):
 
 
 def test_a_jvp_in_reverse_mode_names_the_other_mode(params):
-    with pytest.raises(TypeError, match="for jax.jvp call the network with mode='forward'"):
+    with pytest.raises(TypeError, match=r"for jax\.jvp call the network with mode='forward'"):
         jax.jvp(lambda x: build().apply(params, x, TIME, TEXT), (X,), (X_TANGENT,))
 
 
