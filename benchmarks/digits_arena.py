@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -293,7 +294,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def chart(results: dict[str, Any]) -> bytes:
-    """A PNG of quality against variety, a line of 1, 2 and 4 steps a method."""
+    """A PNG of quality against variety, a line of 1, 2 and 4 steps a method; axes begin at the tenth below them all."""
     panels: dict[str, dict[str, list[tuple[float, float, str]]]] = {}
     for title, x, y in (
         ("caption accuracy against recall", "recall", "caption_accuracy"),
@@ -306,7 +307,9 @@ def chart(results: dict[str, Any]) -> bytes:
             point = [float(np.mean([run[axis] for run in runs])) for axis in (x, y)]
             lines.setdefault(name, []).append((point[0], point[1], steps if name not in REFERENCES else ""))
         panels[title] = lines
-    return draw_lines(panels, x_label="variety", y_label="quality")
+    values = [value for lines in panels.values() for line in lines.values() for *point, _ in line for value in point]
+    lowest = min(0.9, math.floor(10 * min(values)) / 10)
+    return draw_lines(panels, x_label="variety", y_label="quality", lowest=lowest)
 
 
 def write_samples(results: dict[str, Any], arguments: argparse.Namespace) -> None:
