@@ -7,13 +7,17 @@ import json
 import sys
 from concurrent.futures import Future
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
 
 from benchmarks import digits_arena as arena
+from rcm_jax import evaluation
 from rcm_jax.config import UserError, parse_stages
+from rcm_jax.data import digits
 from rcm_jax.schedule import total_iterations
 
 EVERY = arena.METHODS | arena.ABLATIONS
@@ -105,6 +109,20 @@ def test_small_digits_keep_their_recipe_but_for_the_length():
 def test_intervals_are_scipys(values):
     low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values) or 1e-300)
     assert arena.half_interval(values) == pytest.approx((high - low) / 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("variant", digits.VARIANTS.values(), ids=digits.VARIANTS)
+def test_samples_come_from_the_seeds_asked_for_in_the_pixels_of_their_variant(variant):
+    @jax.jit
+    def grey(params, text_BSD, seeds_B):
+        """Videos as bright as their seed."""
+        latent_B = (seeds_B % 256 / 255 - variant.mean) / variant.std
+        return jnp.ones((len(text_BSD), *variant.latent_shape)) * latent_B[:, None, None, None, None]
+
+    video = evaluation.sample_all(grey, {}, per_caption=2, label="grey", variant=variant, first_seed=300).video_NTHWC
+    assert video.shape == (160, *variant.latent_shape)
+    np.testing.assert_array_equal(video.min((1, 2, 3, 4)), (300 + np.arange(160)) % 256)
+    np.testing.assert_array_equal(video.max((1, 2, 3, 4)), video.min((1, 2, 3, 4)))
 
 
 def scores(value):
