@@ -72,6 +72,12 @@ def test_the_command_trains_the_judge_of_the_digits_it_is_given_and_that_of_othe
         classifiers.load(tmp_path / "new.safetensors")
 
 
+def test_weights_that_are_missing_are_answered_with_the_command_that_trains_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(classifiers, "ASSETS", tmp_path)
+    with pytest.raises(UserError, match=r"does not exist: run python -m launch\.classifier --data=digits28$"):
+        classifiers.load(variant=digits.DIGITS28)
+
+
 def test_each_variant_has_weights_of_its_own():
     assert len({classifiers.weights_path(variant) for variant in digits.VARIANTS.values()}) == len(digits.VARIANTS)
 

@@ -177,6 +177,36 @@ def as_completed(calls):
         yield future
 
 
+def start(tmp_path, monkeypatch, *words):
+    """Runs the program with a judge and a teacher that are there, if only as files."""
+    (tmp_path / "teacher").touch()
+    monkeypatch.setattr(arena.classifier, "load", lambda variant: None)
+    base = ["digits_arena", f"--out={tmp_path / 'out.json'}", f"--workdir={tmp_path / 'runs'}"]
+    monkeypatch.setattr(sys, "argv", [*base, f"--override=teacher.path={tmp_path / 'teacher'}", *words])
+    arena.main()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds=0"], "--seeds 0 must be at least 1"),
+        (["--per_caption=1"], "--per_caption 1 must be at least 2"),
+        (["--override=teacher.path=absent"], "absent does not exist: train the teacher first"),
+        (["--override=data.batch_sise=4"], "did you mean data.batch_size?"),
+        (["--override=data.batch_size=4"], "out.json was made with {'data': 'digits28'"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_written(words, message, tmp_path, monkeypatch, capsys):
+    before = '{"settings": {"data": "digits28"}, "runs": {}}'
+    (tmp_path / "out.json").write_text(before)
+    with pytest.raises(SystemExit) as exit_:
+        start(tmp_path, monkeypatch, *words)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "out.json").read_text() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out.json", "teacher"}
+
+
 def test_what_is_done_is_kept_at_once_and_not_done_again_and_a_failure_ends_only_its_own_run(tmp_path, monkeypatch):
     out, done, fails = tmp_path / "out.json", [], {("sCM", 1)}
 
@@ -195,14 +225,13 @@ def test_what_is_done_is_kept_at_once_and_not_done_again_and_a_failure_ends_only
     monkeypatch.setattr(arena, "_train_and_score", run)
     for name in arena.REFERENCES:
         monkeypatch.setattr(arena, f"_score_{name}", lambda seed, arguments, name=name: run(name, seed, arguments))
-    words = ["digits_arena", f"--out={out}", f"--workdir={tmp_path}", "--seeds=2", "--methods", "rCM", "sCM"]
-    monkeypatch.setattr(sys, "argv", words)
+    words = ["--seeds=2", "--methods", "rCM", "sCM"]
     with pytest.raises(SystemExit, match="not done: sCM; seed 1"):
-        arena.main()
+        start(tmp_path, monkeypatch, *words)
     everything = {(name, seed) for name in ("real", "teacher", "rCM", "sCM") for seed in (0, 1)}
     assert set(done) == everything - fails
     fails.clear()
-    arena.main()
+    start(tmp_path, monkeypatch, *words)
     assert set(done) == everything
     assert len(done) == len(everything)
     assert json.loads(out.read_text())["command"].startswith("python -m benchmarks.digits_arena --out=")
