@@ -11,12 +11,12 @@ COLOURS = ("#1b6ca8", "#d1495b", "#8f2d3a", "#edae49", "#3c8d53", "#7a5195", "#5
 Points = Sequence[tuple[float, float, str]]  # x and y from 0 to 1, and what is written beside
 
 
-def draw_lines(panels: Mapping[str, Mapping[str, Points]], *, x_label: str, y_label: str) -> bytes:
-    """A PNG of panels by title, each with lines by name; both axes run from 0 to 1."""
+def draw_lines(panels: Mapping[str, Mapping[str, Points]], *, x_label: str, y_label: str, lowest: float = 0.0) -> bytes:
+    """A PNG of panels by title, each with lines by name; both axes run from `lowest` to 1."""
     width = len(panels) * (SIZE + 2 * MARGIN) + LEGEND
     image = Image.new("RGB", (width, SIZE + 2 * MARGIN), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    names = list(next(iter(panels.values())))
+    names, scale = list(next(iter(panels.values()))), SIZE / (1 - lowest)
     for index, (title, lines) in enumerate(panels.items()):
         left, top = index * (SIZE + 2 * MARGIN) + MARGIN, MARGIN
         draw.rectangle((left, top, left + SIZE, top + SIZE), outline="#999999")
@@ -25,11 +25,12 @@ def draw_lines(panels: Mapping[str, Mapping[str, Points]], *, x_label: str, y_la
         draw.text((left + 6, top + 4), y_label, "black", font)
         for tick in range(0, 11, 2):
             at = SIZE * tick / 10
-            draw.text((left + at - 8, top + SIZE + 5), f"{tick / 10:.1f}", "black", font)
-            draw.text((left - 26, top + SIZE - at - 8), f"{tick / 10:.1f}", "black", font)
+            label = f"{lowest + (1 - lowest) * tick / 10:.2f}"
+            draw.text((left + at - 12, top + SIZE + 5), label, "black", font)
+            draw.text((left - 32, top + SIZE - at - 8), label, "black", font)
         for name, points in lines.items():
             colour = COLOURS[names.index(name)]
-            places = [(left + SIZE * x, top + SIZE * (1 - y)) for x, y, _ in points]
+            places = [(left + (x - lowest) * scale, top + (1 - y) * scale) for x, y, _ in points]
             draw.line(places, colour, 2)
             for (x, y), (*_, note) in zip(places, points, strict=True):
                 draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -41,10 +42,11 @@ from benchmarks.chart import draw_lines
 from configs.digits28_rcm import enlarge
 from launch import keep_compilations
 from rcm_jax import evaluation, media, metrics
-from rcm_jax.config import Stage, apply_override, load, parse_stages, validate
+from rcm_jax.config import Stage, UserError, apply_override, load, parse_stages, validate
 from rcm_jax.costs import Operations, step_operations
 from rcm_jax.data import digits, text
 from rcm_jax.generation import student_sampler, teacher_sampler
+from rcm_jax.models import classifier
 from rcm_jax.schedule import Phase, phase_at, total_iterations
 from rcm_jax.train import create_network, load_params, make_recipe, train
 
@@ -95,11 +97,14 @@ def main() -> None:
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="in every recipe")
     arguments = parser.parse_args()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    names = [*REFERENCES, *arguments.methods, *(ABLATIONS if arguments.ablations else ())]
+    try:
+        results = open_results(names, arguments)
+    except UserError as error:
+        parser.error(str(error))
     digits.build("data", variant=digits.VARIANTS[arguments.data])
-    results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}}
     results["machine"] = {"cpu": platform.processor(), "device": jax.devices()[0].device_kind, "jax": jax.__version__}
     results["command"] = shlex.join(["python", "-m", "benchmarks.digits_arena", *sys.argv[1:]])
-    names = [*REFERENCES, *arguments.methods, *(ABLATIONS if arguments.ablations else ())]
     # Seed by seed: the first run of a method compiles what its others find in the cache.
     runs = [(name, seed) for seed in range(arguments.seeds) for name in names]
     missing = [run for run in runs if _key(*run) not in results["runs"]]
@@ -111,11 +116,40 @@ def main() -> None:
                 media.write_file(arguments.out, media.json_text(results, indent=1).encode())
                 print(f"{key}: done", file=sys.stderr)
     failed = [_key(*run) for run in runs if _key(*run) not in results["runs"]]
-    print(table(results))
-    media.write_file(arguments.out.with_suffix(".png"), chart(results))
-    write_samples(results, arguments)
+    if results["runs"]:
+        print(table(results))
+        media.write_file(arguments.out.with_suffix(".png"), chart(results))
+        write_samples(results, arguments)
     if failed:
         sys.exit(f"not done: {'; '.join(failed)}")
+
+
+def open_results(names: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The results there are, or empty ones.
+
+    Raises:
+        UserError: an argument breaks its rule, judge or teacher is missing, or the results there are were made with
+            other settings.
+    """
+    for name, least in (("processes", 1), ("seeds", 1), ("per_caption", 2), ("evaluations", 1)):
+        if (value := getattr(arguments, name)) < least:
+            raise UserError(f"--{name} {value} must be at least {least}")
+    variant = digits.VARIANTS[arguments.data]
+    digits.load_images("train", variant)
+    classifier.load(variant=variant)
+    for name in set(names) - {"real"}:
+        path = Path(
+            create_recipe((METHODS | ABLATIONS)[name if name != "teacher" else "rCM"], 0, arguments).teacher.path
+        )
+        if not path.exists():
+            raise UserError(f"{path} does not exist: train the teacher first, see --help, or override teacher.path")
+    settings = {name: getattr(arguments, name) for name in ("data", "per_caption", "evaluations", "override")}
+    if not arguments.out.exists():
+        return {"settings": settings, "runs": {}}
+    results = json.loads(arguments.out.read_text())
+    if results["settings"] != settings:
+        raise UserError(f"{arguments.out} was made with {results['settings']}: give another --out and --workdir")
+    return results
 
 
 def _key(name: str, seed: int) -> str:
@@ -293,7 +327,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def chart(results: dict[str, Any]) -> bytes:
-    """A PNG of quality against variety, a line of 1, 2 and 4 steps a method."""
+    """A PNG of quality against variety, a line of 1, 2 and 4 steps a method; axes begin at the tenth below them all."""
     panels: dict[str, dict[str, list[tuple[float, float, str]]]] = {}
     for title, x, y in (
         ("caption accuracy against recall", "recall", "caption_accuracy"),
@@ -306,7 +340,9 @@ def chart(results: dict[str, Any]) -> bytes:
             point = [float(np.mean([run[axis] for run in runs])) for axis in (x, y)]
             lines.setdefault(name, []).append((point[0], point[1], steps if name not in REFERENCES else ""))
         panels[title] = lines
-    return draw_lines(panels, x_label="variety", y_label="quality")
+    values = [value for lines in panels.values() for line in lines.values() for *point, _ in line for value in point]
+    lowest = min(0.9, math.floor(10 * min(values)) / 10)
+    return draw_lines(panels, x_label="variety", y_label="quality", lowest=lowest)
 
 
 def write_samples(results: dict[str, Any], arguments: argparse.Namespace) -> None:

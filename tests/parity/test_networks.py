@@ -237,7 +237,7 @@ def test_diffusers_reads_our_files_in_the_original_layout(pair):
         np.testing.assert_array_equal(converted[name], tensor.numpy())
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"digits"}))
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"digits", "digits28"}))
 def test_a_preset_has_as_many_parameters_as_diffusers_model(name):
     with torch.device("meta"):
         expected = sum(weight.numel() for weight in create_model(PRESETS[name]).parameters())
