@@ -22,7 +22,8 @@ def get_config() -> ConfigDict:
             "model": {
                 "preset": "digits",
                 "dtype": "float32",
-                # What the backward pass recomputes: none, block, or attention (all but attention).
+                # What the backward pass keeps: none (recompute none), linear (attention and matrix products),
+                # attention, offload (attention, in the host's memory), or block (each block's input alone).
                 "remat": "none",
                 # How many of mesh.context's devices exchange heads for tokens; keys go round the others in a ring.
                 # 0: as many as the heads of a device divide into.
@@ -83,6 +84,9 @@ def get_config() -> ConfigDict:
                 "dcm_shift": 3.0,
             },
             "ema": {"sigma_rel": 0.1},
+            # Networks that lie in the host's memory while they are not used: teacher, ema, or both, comma-separated.
+            # The teacher's blocks come to the device one by one.
+            "host_memory": "",
             # Devices along each axis; -1 takes all that are left. data and fsdp share out the batch, context a sample's
             # tokens, tensor the heads and widths of layers; all but data share out the parameters.
             "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1},

@@ -255,6 +255,10 @@ _POSITIVE: Rule = (lambda value: 0 < value < math.inf, "a positive number")
 _WEIGHT: Rule = (lambda value: 0 <= value < math.inf, "a number of at least 0")
 _DECAY_RATE: Rule = (lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 _FALLING_TIMES: Rule = (_falling, "TrigFlow times that fall, each between 0 and pi/2")
+_HOST_MEMORY: Rule = (
+    lambda value: isinstance(value, str) and set(value.split(",")) <= {"", "teacher", "ema"},
+    "teacher, ema, both with a comma between them, or empty",
+)
 _MESH_SIZE: Rule = (
     lambda value: type(value) is int and (value == -1 or 1 <= value < 2**31),
     "a positive integer, or -1 for the devices that are left",
@@ -311,6 +315,7 @@ _RULES: dict[str, Rule] = {
     "loss.dcm_steps": (lambda value: type(value) is int and value >= 2, "an integer of at least 2"),
     "loss.dcm_shift": _POSITIVE,
     "ema.sigma_rel": (lambda value: 0 < value < 12**-0.5, "a number above 0 and below 0.2886"),
+    "host_memory": _HOST_MEMORY,
     "mesh.data": _MESH_SIZE,
     "mesh.fsdp": _MESH_SIZE,
     "mesh.context": _MESH_SIZE,

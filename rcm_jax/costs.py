@@ -36,7 +36,7 @@ def step_operations(one: Operations, phase: Phase, recipe: Recipe, remat: Remat 
 
     With `remat`, what the backward pass makes again counts too.
     """
-    again = {None: 0.0, "none": 0.0, "attention": one.linear, "block": one.forward}[remat]
+    again = 0.0 if remat is None else _again(one, remat)
     learn = one.forward + one.gradient + again
     teacher = one.forward * (1 if recipe.guidance == 1 else 2)
     simulation = (recipe.simulation_steps - 1) / 2 * one.forward
@@ -44,8 +44,7 @@ def step_operations(one: Operations, phase: Phase, recipe: Recipe, remat: Remat 
     judge = 0.5 * learn if "gan" in phase.losses else 0.0
     if phase.update == "critic":
         return simulation + one.forward + learn + judge
-    # A tangent's blocks keep their attention alone, whatever remat says.
-    with_tangent = one.tangent + one.forward + one.gradient + (one.linear if remat else 0.0)
+    with_tangent = one.tangent + learn
     consistency = {
         "exact": with_tangent,
         "semicontinuous": with_tangent + one.forward,
@@ -62,6 +61,11 @@ def step_operations(one: Operations, phase: Phase, recipe: Recipe, remat: Remat 
         "gan": judge - 0.5 * one.forward - 0.5 * one.linear,  # the forward pass is DMD's, the weights do not learn
     }
     return sum(parts[name] for name in phase.losses)
+
+
+def _again(one: Operations, remat: Remat) -> float:
+    """What the backward pass makes again, see models/blocks.py."""
+    return {"none": 0.0, "linear": 0.0, "attention": one.linear, "offload": one.linear, "block": one.forward}[remat]
 
 
 def received_bytes(program: str, dynamic_trips: float) -> dict[str, float]:

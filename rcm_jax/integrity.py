@@ -53,7 +53,7 @@ def join_lanes(parts: Iterable[Iterable[int]]) -> str:
 @jax.jit
 def _sum(array: jax.Array, start: jax.Array, first: jax.Array) -> jax.Array:
     """The lanes of `array`, or of a slab of one from row `first` on."""
-    bits = _bits(array)
+    bits = _bits(jax.device_put(array, jax.memory.Space.Device))  # from the host's memory, if it lies there
     places = jnp.broadcast_to(start.reshape(2, *(1,) * bits.ndim), (2, *bits.shape))
     for axis in range(bits.ndim):  # chained, so that no array is too large for numbers of 32 bits
         index = lax.broadcasted_iota(jnp.uint32, places.shape, axis + 1)

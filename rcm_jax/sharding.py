@@ -232,6 +232,11 @@ def place_params(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def in_host_memory(shardings: Any) -> Any:
+    """The same places, in the memory of the devices' hosts."""
+    return jax.tree.map(lambda at: at.with_memory_kind("pinned_host"), shardings)
+
+
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     """The sharding of every leaf of a pytree whose leaves are scalars or lie at a path that ends in a parameter's.
 

@@ -24,7 +24,7 @@ from rcm_jax.generation import Sampler, student_sampler
 from rcm_jax.guard import Guard, Trouble
 from rcm_jax.lifetime import termination_notice, watchdog
 from rcm_jax.methods import Applies, Recipe
-from rcm_jax.models.blocks import Remat
+from rcm_jax.models.blocks import Remat, from_host
 from rcm_jax.models.functional import Network, functional
 from rcm_jax.models.wan import PRESETS, Wan
 from rcm_jax.records import RunRecords, warn, write_run_info
@@ -135,7 +135,7 @@ def _train(
             window = []
         if config.log.sample_every and iteration % config.log.sample_every == 0:
             variant = digits.VARIANTS[config.data.name]
-            params = overlay(state.teacher, state.ema)
+            params = jax.device_put(overlay(state.teacher, state.ema), jax.memory.Space.Device)
             record_samples(records, iteration, sample, params, source, variant, config.log.samples)
         checkpoints.save(iteration, state, batches, {"metrics": recent})
     checkpoints.save_and_wait(total, state, batches, {"metrics": recent})
@@ -222,6 +222,7 @@ def create_network(config: ConfigDict, mesh: Mesh | None = None, **extras: Any) 
     extras = {"spans": needs(parse_stages(config.stages), *MEAN_FLOW)} | extras
     preset, dtype = dataclasses.replace(PRESETS[config.model.preset], **extras), jnp.dtype(config.model.dtype)
     ops = sharding.block_ops(mesh, preset.heads, config.model.ulysses, dtype)
+    ops = from_host(ops) if "teacher" in host_parts(config) else ops
     return functional(lambda rngs: Wan(preset, dtype=dtype, remat=config.model.remat, ops=ops, rngs=rngs))
 
 
@@ -310,7 +311,26 @@ def abstract_state(config: ConfigDict, networks: Networks, optimizers: Optimizer
     init = functools.partial(create_initial_state, config, networks, optimizers)
     shapes = jax.eval_shape(init, teacher)
     place = sharding.tree_shardings(shapes, mesh)
+    place = place.replace(**{name: sharding.in_host_memory(getattr(place, name)) for name in host_parts(config)})
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, place)
+
+
+def host_parts(config: ConfigDict) -> list[str]:
+    """The parts of the state that lie in the host's memory."""
+    return [name for name in config.host_memory.split(",") if name]
+
+
+def bring(state: TrainState, host: Sequence[str]) -> TrainState:
+    """The state to compute with: on the device, but for a teacher's blocks, which come one by one as they are used."""
+
+    def move(part: str, path: Any, leaf: jax.Array) -> jax.Array:
+        is_later = part == "teacher" and path[0].key == "blocks"
+        return leaf if is_later else jax.device_put(leaf, jax.memory.Space.Device)
+
+    moved = {
+        part: jax.tree_util.tree_map_with_path(functools.partial(move, part), getattr(state, part)) for part in host
+    }
+    return state.replace(**moved)
 
 
 def init_state(config: ConfigDict, networks: Networks, optimizers: Optimizers, mesh: Mesh) -> TrainState:
@@ -371,15 +391,15 @@ def jit_steps(
     shardings: TrainState,
 ) -> StepOf:
     """The two steps of a run; each compiles when its phase first comes. The state is donated."""
-    recipe = make_recipe(config, latent_shape)
+    recipe, host = make_recipe(config, latent_shape), host_parts(config)
 
     # The seed is an argument, so that runs that differ in it alone share one compilation.
     def key(state: TrainState, seed: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.key(seed), state.iteration)
 
     def student(state, batch, seed, tangent_ratio, negative, losses):
-        return student_step(
-            state,
+        new, metrics = student_step(
+            bring(state, host),
             batch,
             key(state, seed),
             tangent_ratio,
@@ -389,10 +409,11 @@ def jit_steps(
             recipe=recipe,
             negative_text=negative,
         )
+        return new.replace(teacher=state.teacher), metrics
 
     def critic(state, batch, seed, losses):
-        return critic_step(
-            state,
+        new, metrics = critic_step(
+            bring(state, host),
             batch,
             key(state, seed),
             loss_names=losses,
@@ -400,6 +421,7 @@ def jit_steps(
             optimizer=optimizers.critic,
             recipe=recipe,
         )
+        return new.replace(teacher=state.teacher, ema=state.ema), metrics
 
     seed = np.uint32(config.seed)
     options = sharding.compiler_options(shardings.iteration.mesh)

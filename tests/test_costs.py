@@ -50,6 +50,17 @@ def test_operations_of_passes_are_those_that_xla_counts(counted):
 
 
 @pytest.mark.parametrize(
+    ("remat", "again"), [("none", 0), ("linear", 0), ("attention", 1), ("offload", 1), ("block", 2)]
+)
+@pytest.mark.parametrize("losses", ["scm", "flow_matching"])
+def test_a_remat_policy_adds_what_it_makes_again(losses, remat, again):
+    """Nothing, a block's products, or those and its attention."""
+    one, phase = pass_operations(SMALL, 512), Phase("student", frozenset({losses}), 1.0)
+    more = (0.0, one.linear, one.forward)[again]
+    assert step_operations(one, phase, Recipe(), remat) == pytest.approx(step_operations(one, phase, Recipe()) + more)
+
+
+@pytest.mark.parametrize(
     ("losses", "forward", "tangent", "gradient"),
     [("scm", 3, 1, 1), ("dmd", 5.5, 0, 1), ("scm+dmd", 8.5, 1, 2), ("dcm", 4, 0, 1), ("flow_matching", 1, 0, 1)],
 )

@@ -25,6 +25,7 @@ TINY = WanConfig(
     dim=48, ffn_dim=96, heads=2, layers=2, patch=(4, 8, 8), in_channels=1, out_channels=1, text_dim=32, text_length=8
 )
 TOTAL = 6
+DEVICE = jax.devices()[0].default_memory().kind
 # The rCM run has every kind of update: sCM alone, then student and critic in turn.
 RUNS = {"flow_matching": f"flow_matching:{TOTAL}", "rcm": f"rcm:{TOTAL}"}
 
@@ -125,6 +126,28 @@ def test_a_resumed_run_is_the_undisturbed_run_bit_by_bit(undisturbed, folder):
         (ours, facts), (theirs, same_facts) = (load_safetensors(path / exported) for path in (broken, workdir))
         assert facts == same_facts
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize("undisturbed", ["rcm"], indirect=True)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_networks_in_the_hosts_memory_change_no_bit_and_come_back_there(undisturbed, folder, monkeypatch):
+    """The same run with teacher and EMA there, broken off and resumed."""
+    name, _, expected = undisturbed
+    configured = configure
+
+    def configure_on_host(folder, run):
+        config = configured(folder, run)
+        config.host_memory = "teacher,ema"
+        return config
+
+    monkeypatch.setitem(globals(), "configure", configure_on_host)
+    workdir = folder / "on_host"
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, name, workdir, stop_at=5)
+    state, _ = run(folder, name, workdir)
+    for part, kind in {"teacher": "pinned_host", "ema": "pinned_host", "student": DEVICE, "fake": DEVICE}.items():
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(getattr(state, part))} == {kind}, part
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), expected)
 
 
 def test_every_update_is_logged_with_finite_metrics(undisturbed):

@@ -171,6 +171,15 @@ def test_one_forward_pass_gives_value_tangent_and_the_plain_gradient(remat, forw
     assert calls == counts
 
 
+def test_blocks_in_the_hosts_memory_change_nothing(params, gradient):
+    net = build(remat="attention", ops=blocks.from_host(blocks.WHOLE))
+    params = params | {"blocks": jax.device_put(params["blocks"], jax.memory.Space.Host)}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(params["blocks"])} == {"pinned_host"}
+    loss = lambda params, x: weigh(net.apply(params, x, TIME, TEXT))  # noqa: E731
+    found = fast_jit(jax.grad(loss, argnums=(0, 1)))(params, X)
+    assert_close(found, gradient, 1e-5)
+
+
 def test_products_are_made_again_unless_the_policy_keeps_them(params):
     """By XLA's count of operations, which takes the body of a loop once: a block's products, rows x in x out x 2."""
 

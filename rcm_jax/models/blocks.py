@@ -70,6 +70,16 @@ GATHERED = "gathered_params"  # of what `gather` returns: gathered again in the 
 INPUT, LINEAR = "block_input", "linear_out"
 ATTENTION = ("attention_out", "attention_lse")
 
+
+def from_host(ops: BlockOps) -> BlockOps:
+    """The same for parameters in the host's memory: a block's come to the device where they are computed with."""
+
+    def gather(params: Any) -> Any:
+        return ops.gather(checkpoint_name(jax.device_put(params, jax.memory.Space.Device), GATHERED))
+
+    return ops._replace(gather=gather)
+
+
 ERROR_GRAD = (
     "mode='forward' pushes tangents of the latent and the time only; for a gradient outside jax.jvp, or with respect to"
     " parameters or text, call the network with mode='reverse'"
