@@ -28,7 +28,7 @@ from rcm_jax.checkpoint import load_safetensors
 
 CASES = (("save", 0), ("step", 1))  # when, and which process is killed
 # As launch/host.sh does: seconds that the other has to end by itself, and starts, for one may fail by itself.
-GRACE, STARTS = 60, 3
+GRACE, STARTS = 60, 5
 # Of the norm of a tensor, and of a loss. Adam turns where a gradient is all rounding: weights keep fewer digits.
 WEIGHTS_LIMIT, LOSS_LIMIT = 1e-3, 1e-4
 # Products in float32 proper: by default GPUs round their factors to TF32.
