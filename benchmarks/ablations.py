@@ -6,8 +6,8 @@
 Networks, start, CPU time and scores are the arena's (benchmarks/arena.py), in its first setting. An arm makes as many
 updates as its method made there; one that differentiates in another way makes more or fewer, by what an update costs
 beside the exact one when both are measured in turns. Arms in bfloat16 make the updates of float32: what bfloat16 costs
-a CPU says nothing about accelerators. A seed takes about six minutes of CPU time; what is done already is not done
-again. Prints a Markdown table, and draws sCM's loss (between 0 and 1, DMD's on a scale of its own) against the training.
+a CPU says nothing about accelerators. A seed takes about nine minutes of CPU time; what is done already is not done
+again. Prints a Markdown table and draws the losses: sCM's lies between 0 and 1, DMD's is divided by 10.
 """
 
 import argparse
@@ -73,7 +73,7 @@ ABLATIONS = {
     "rCM, DMD weight 0.1": Ablation("rCM", {"dmd_weight": 0.1}),
     "rCM, DMD weight 0.01": Ablation("rCM", {"dmd_weight": 0.01}),
     "rCM, DMD weight 0.001": Ablation("rCM", {"dmd_weight": 0.001}),
-    "rCM, official balance, DMD weight 1": Ablation("rCM", {**OFFICIAL, "dmd_weight": 1.0}),
+    "rCM, official balance, DMD weight 1": Ablation("rCM", OFFICIAL),
     "rCM, official balance, DMD weight 0.1": Ablation("rCM", {**OFFICIAL, "dmd_weight": 0.1}),
     "rCM, official balance, DMD weight 0.01": Ablation("rCM", {**OFFICIAL, "dmd_weight": 0.01}),
     "rCM, no warm-up": Ablation("rCM", fields={"warmup": 0.0}),
@@ -94,6 +94,28 @@ ABLATIONS = {
     "sCM, bfloat16 time": Ablation("sCM", fields=BFLOAT16_TIME),
     "sCM, bfloat16 time, semicontinuous tangent": Ablation("sCM", {"tangent": "semicontinuous"}, BFLOAT16_TIME),
     "sCM, bfloat16 time, discrete tangent": Ablation("sCM", {"tangent": "discrete"}, BFLOAT16_TIME),
+}
+BALANCES = tuple(name for name in ABLATIONS if "DMD weight" in name)
+# Of the figure, by title: a metric, what it is divided by, and the arms.
+PANELS = {
+    "sCM's loss: balances of rCM": ("loss_scm", 1.0, ("rCM", *BALANCES)),
+    "DMD's loss / 10: balances of rCM": ("loss_dmd", 10.0, ("rCM", *BALANCES)),
+    "sCM's loss: rCM, apart from the balance": (
+        "loss_scm",
+        1.0,
+        tuple(name for name in ABLATIONS if name.startswith("rCM") and name not in BALANCES),
+    ),
+    "DMD's loss / 10: simulation times": ("loss_dmd", 10.0, ("rCM", "rCM, fixed times", "DMD", "DMD, fixed times")),
+    "sCM's loss: sCM in float32": (
+        "loss_scm",
+        1.0,
+        tuple(name for name in ABLATIONS if name.startswith("sCM") and "bfloat16" not in name),
+    ),
+    "sCM's loss: sCM with bfloat16": (
+        "loss_scm",
+        1.0,
+        ("sCM", *(name for name in ABLATIONS if name.startswith("sCM, bfloat16"))),
+    ),
 }
 
 
@@ -126,7 +148,9 @@ def main() -> None:
             cost = arena["cost"][str(setting.mixture.dim)][arm.method.losses]
             student = cost["student"] * results["relative_cost"][arm.method.losses].get(ABLATIONS[name].tangent, 1.0)
             results["runs"][key] = run_arm(arm, setting, start_of(seed), cost | {"student": student}, seed)
-            print(key, *(f"{scores['wasserstein']:.4f}" for scores in results["runs"][key]["steps"].values()), flush=True)
+            print(
+                key, *(f"{scores['wasserstein']:.4f}" for scores in results["runs"][key]["steps"].values()), flush=True
+            )
             write_file(arguments.out, json_text(results, indent=1).encode())
     write_file(arguments.figure, draw_figure(results))
     print(table(results))
@@ -154,7 +178,7 @@ def scores_of(results: Mapping[str, Any], name: str, column: str) -> np.ndarray:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The Markdown table of a results file: means over seeds at 1, 2 and 4 steps; behind them, half the largest range."""
+    """The Markdown table of a results file: means over seeds with 1, 2 and 4 steps, and half the largest range."""
     head = ("", "seeds", "updates", *COLUMNS)
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in ABLATIONS:
@@ -166,6 +190,24 @@ def table(results: Mapping[str, Any]) -> str:
         updates = results["runs"][f"{name}, seed 0"]["iterations"]
         lines.append("| " + " | ".join((name, str(len(scores)), str(updates), *cells)) + " |")
     return "\n".join(lines)
+
+
+def draw_figure(results: Mapping[str, Any]) -> bytes:
+    """The losses of PANELS against the share of a training that is over, means over seeds."""
+    panels = {}
+    for title, (metric, scale, names) in PANELS.items():
+        panels[title] = {name: curve_of(results, name, metric, scale) for name in names}
+    return draw_lines(panels, x_label="training", y_label="loss")
+
+
+def curve_of(results: Mapping[str, Any], name: str, metric: str, scale: float) -> list[tuple[float, float, str]]:
+    """A line of the chart: a metric of an arm, divided by `scale`, where any seed has it."""
+    runs = [run for key, run in results["runs"].items() if key.rpartition(", seed ")[0] == name]
+    curve_RW = np.array([run["curve"][metric] for run in runs], float)
+    share_W = (np.arange(curve_RW.shape[1]) + 0.5) / curve_RW.shape[1]
+    has_W = ~np.isnan(curve_RW).all(axis=0)
+    mean_W = np.nanmean(curve_RW[:, has_W], axis=0) / scale
+    return [(share, mean, "") for share, mean in zip(share_W[has_W].tolist(), mean_W.tolist(), strict=True)]
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def apply_mlp(
 
     def embed(name: str, time_B: jax.Array) -> jax.Array:
         s_B1 = time_B.astype(time_dtype)[:, None] / NET_TIME_SCALE
-        angle_BF = (jnp.pi * jnp.arange(1, FREQUENCIES + 1)).astype(time_dtype) * s_B1
+        angle_BF = (jnp.pi * jnp.arange(1, FREQUENCIES + 1)).astype(time_dtype)[None] * s_B1
         fourier_BF = jnp.concatenate([s_B1, jnp.sin(angle_BF), jnp.cos(angle_BF)], axis=1)
         return linear(name, fourier_BF, time_dtype).astype(dtype)
 
@@ -286,7 +286,7 @@ def sample_student(arm: Arm, params: Params, text_NSD: jax.Array, steps: int) ->
 
 
 class Setting(NamedTuple):
-    """A mixture under a guidance: how long arms train, the captions to sample and, for them, the exact flow's samples."""
+    """A mixture, a guidance, how many times SECONDS arms train; captions and, for them, samples of the exact flow."""
 
     mixture: Mixture
     guidance: float

@@ -13,7 +13,6 @@ Prints a Markdown table of the error's norm over the reference's: the median of 
 import argparse
 import functools
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +51,7 @@ def main() -> None:
     with jax.enable_x64(True):
         exact = create_apply("float64", "float64")
         inputs64 = {name: jnp.asarray(array, jnp.float64) for name, array in inputs.items()}
-        velocity = trig_velocity(guided(exact, params, inputs64["text"], inputs64["negative"], config.teacher.guidance))
-        inputs64["F"] = jax.jit(velocity)(inputs64["x"], inputs64["t"])
+        inputs64["F"] = flow(exact, params, config.teacher.guidance, **inputs64)
         reference = np.asarray(tangent(exact, params, inputs64, "exact", 0.0))
     inputs["F"] = np.asarray(inputs64["F"], np.float32)
     errors = []
@@ -97,17 +95,29 @@ def create_apply(dtype: str, time_dtype: str) -> Apply:
     return rounded
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def flow(
+    apply: Apply, params: Params, guidance: float, *, x: jax.Array, t: jax.Array, text: jax.Array, negative: jax.Array
+) -> jax.Array:
+    """F (B, T, H, W, C) of the guided network as a teacher."""
+    return trig_velocity(guided(apply, params, text, negative, guidance))(x, t)
+
+
 def tangent(apply: Apply, params: Params, inputs: dict[str, Any], way: str, step: float) -> jax.Array:
     """cos t sin t dF/dt of the network along the flow `inputs["F"]`, differentiated as Recipe.tangent says."""
-    student = functools.partial(conditioned, apply, params, inputs["text"])
-    difference = {"frozen_student": student(), "step": step}
-    mode, differentiate = {
-        "exact": ("forward", losses.exact_tangent),
-        "semicontinuous": ("forward", functools.partial(losses.semicontinuous_tangent, **difference)),
-        "discrete": ("reverse", functools.partial(losses.discrete_tangent, **difference)),
-    }[way]
-    run: Callable[..., tuple[jax.Array, jax.Array]] = jax.jit(functools.partial(differentiate, student(mode=mode)))
-    return run(*(jnp.asarray(inputs[name]) for name in ("x", "t", "F")))[1]
+
+    @jax.jit
+    def run(params: Params, x: jax.Array, t_B: jax.Array, F: jax.Array, text_BSD: jax.Array) -> jax.Array:
+        student = functools.partial(conditioned, apply, params, text_BSD)
+        difference = {"frozen_student": student(), "step": step}
+        mode, differentiate = {
+            "exact": ("forward", losses.exact_tangent),
+            "semicontinuous": ("forward", functools.partial(losses.semicontinuous_tangent, **difference)),
+            "discrete": ("reverse", functools.partial(losses.discrete_tangent, **difference)),
+        }[way]
+        return differentiate(student(mode=mode), x, t_B, F)[1]
+
+    return run(params, *(jnp.asarray(inputs[name]) for name in ("x", "t", "F", "text")))
 
 
 def relative_errors(found: Float[np.ndarray, "b ..."], reference: Float[np.ndarray, "b ..."]) -> Float[np.ndarray, "b"]:
