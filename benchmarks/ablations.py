@@ -171,10 +171,14 @@ def measure_tangents(arms: Mapping[str, Arm], start: Params, rounds: int = 4) ->
     return relative
 
 
+def runs_of(results: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """The runs of an arm, one a seed."""
+    return [run for key, run in results["runs"].items() if key.rpartition(", seed ")[0] == name]
+
+
 def scores_of(results: Mapping[str, Any], name: str, column: str) -> np.ndarray:
     """A column of an arm's scores, (seeds, steps)."""
-    runs = [run for key, run in results["runs"].items() if key.rpartition(", seed ")[0] == name]
-    return np.array([[run["steps"][str(steps)][column] for steps in STEPS] for run in runs])
+    return np.array([[run["steps"][str(steps)][column] for steps in STEPS] for run in runs_of(results, name)])
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -187,7 +191,7 @@ def table(results: Mapping[str, Any]) -> str:
             scores = scores_of(results, name, column)
             means = " / ".join(f"{mean:.3f}" for mean in scores.mean(axis=0))
             cells.append(f"{means} ± {np.ptp(scores, axis=0).max() / 2:.3f}")
-        updates = results["runs"][f"{name}, seed 0"]["iterations"]
+        updates = runs_of(results, name)[0]["iterations"]
         lines.append("| " + " | ".join((name, str(len(scores)), str(updates), *cells)) + " |")
     return "\n".join(lines)
 
@@ -202,8 +206,7 @@ def draw_figure(results: Mapping[str, Any]) -> bytes:
 
 def curve_of(results: Mapping[str, Any], name: str, metric: str, scale: float) -> list[tuple[float, float, str]]:
     """A line of the chart: a metric of an arm, divided by `scale`, where any seed has it."""
-    runs = [run for key, run in results["runs"].items() if key.rpartition(", seed ")[0] == name]
-    curve_RW = np.array([run["curve"][metric] for run in runs], float)
+    curve_RW = np.array([run["curve"][metric] for run in runs_of(results, name)], float)
     share_W = (np.arange(curve_RW.shape[1]) + 0.5) / curve_RW.shape[1]
     has_W = ~np.isnan(curve_RW).all(axis=0)
     mean_W = np.nanmean(curve_RW[:, has_W], axis=0) / scale

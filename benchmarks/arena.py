@@ -48,8 +48,7 @@ START_UPDATES = 3000  # of the regression that every network starts from
 SAMPLES = 10_000
 STEPS = (1, 2, 4)
 MID_TIMES = (1.3, 1.0, 0.6)  # the paper's
-# Dimensions, guidance, and how many times SECONDS an arm has; the first is searched.
-SETTINGS = ((16, 1.0, 1), (16, 2.0, 1), (64, 1.0, 1), (64, 1.0, 3))
+SETTINGS = ((16, 1.0), (16, 2.0), (64, 1.0))  # dimensions and guidance; the first is searched
 SEARCH_SEED = 100
 RATES = (3e-4, 1e-3)
 EVERYONE = Recipe(p_G_mean=0.0, p_G_std=1.6, p_D_shift=1.0, dcm_shift=1.0, ema_gamma=ema_exponent(0.1))
@@ -174,7 +173,6 @@ class Arm(NamedTuple):
     method: Method
     rate: float
     value: float
-    longer: int = 1
 
     @property
     def apply(self) -> Apply:
@@ -246,7 +244,7 @@ def measure_cost(arm: Arm, start: Params, updates: int = 100) -> dict[str, float
 def iterations_of(arm: Arm, cost: dict[str, float]) -> tuple[int, int]:
     """Iterations, and student updates among them, that the arm's time pays for."""
     critics = arm.update_freq - 1 if "critic" in cost else 0
-    rounds = int(SECONDS * arm.longer * arm.method.longer / (cost["student"] + critics * cost.get("critic", 0.0)))
+    rounds = int(SECONDS * arm.method.longer / (cost["student"] + critics * cost.get("critic", 0.0)))
     return rounds * (1 + critics), rounds
 
 
@@ -264,11 +262,11 @@ def train_arm(arm: Arm, start: Params, cost: dict[str, float], seed: int) -> tup
 
 def thin(metrics: Sequence[Mapping[str, float]], windows: int) -> Curve:
     """The mean of each metric over each of `windows` equal parts of a training; None where no update had it."""
-    names, curve = sorted({name for each in metrics for name in each}), {}
-    for name in names:
-        values = np.array([each.get(name, np.nan) for each in metrics])
-        parts = [part[~np.isnan(part)] for part in np.array_split(values, windows)]
-        curve[name] = [float(f"{part.mean():.4g}") if len(part) else None for part in parts]
+    parts = np.array_split(np.arange(len(metrics)), windows)
+    curve: Curve = {name: [] for name in sorted({name for each in metrics for name in each})}
+    for part, (name, means) in itertools.product(parts, curve.items()):
+        values = [metrics[index][name] for index in part if name in metrics[index]]
+        means.append(float(f"{np.mean(values):.4g}") if values else None)
     return curve
 
 
@@ -286,28 +284,26 @@ def sample_student(arm: Arm, params: Params, text_NSD: jax.Array, steps: int) ->
 
 
 class Setting(NamedTuple):
-    """A mixture, a guidance, how many times SECONDS arms train; captions and, for them, samples of the exact flow."""
+    """A mixture under a guidance: the captions to sample and, for them, samples of the exact flow."""
 
     mixture: Mixture
     guidance: float
-    longer: int
     text_NSD: jax.Array
     reference_ND: np.ndarray
 
     @property
     def name(self) -> str:
-        name = f"{self.mixture.dim} dimensions, guidance {self.guidance:g}"
-        return name if self.longer == 1 else f"{name}, {self.longer} x the time"
+        return f"{self.mixture.dim} dimensions, guidance {self.guidance:g}"
 
     def score(self, x_ND: np.ndarray) -> dict[str, float]:
         return score(self.mixture, x_ND, np.asarray(self.text_NSD)[:, 0].argmax(axis=1), self.reference_ND)
 
 
-def create_setting(dim: int, guidance: float, longer: int = 1) -> Setting:
+def create_setting(dim: int, guidance: float) -> Setting:
     """The setting, its captions as frequent as the data's."""
     mixture = create_mixture(dim)
     _, text_NSD = mixture.sample(jax.random.key(SEARCH_SEED), SAMPLES)
-    return Setting(mixture, guidance, longer, text_NSD, sample_teacher(mixture, text_NSD, guidance))
+    return Setting(mixture, guidance, text_NSD, sample_teacher(mixture, text_NSD, guidance))
 
 
 def run_arm(arm: Arm, setting: Setting, start: Params, cost: dict[str, float], seed: int) -> dict[str, Any]:
@@ -344,8 +340,8 @@ def main() -> None:
         results = json.loads(arguments.out.read_text())
     else:
         results = {"command": COMMAND, "seconds": SECONDS, "machine": describe_machine()}
-    for setting in SETTINGS:
-        fill_setting(results, create_setting(*setting), arguments)
+    for dim, guidance in SETTINGS:
+        fill_setting(results, create_setting(dim, guidance), arguments)
     write_file(arguments.figure, draw_figure(results))
     print(table(results))
 
@@ -375,7 +371,7 @@ def fill_setting(results: dict[str, Any], setting: Setting, arguments: argparse.
     def keep(into: dict[str, Any], key: str, name: str, rate: float, value: float, seed: int) -> None:
         if key in into:
             return
-        arm = Arm(setting.mixture, setting.guidance, METHODS[name], rate, value, setting.longer)
+        arm = Arm(setting.mixture, setting.guidance, METHODS[name], rate, value)
         if arm.method.losses not in costs:
             costs[arm.method.losses] = measure_cost(arm, start_of(seed))
         into[key] = run_arm(arm, setting, start_of(seed), costs[arm.method.losses], seed)
