@@ -7,7 +7,7 @@ Networks, start, CPU time and scores are the arena's (benchmarks/arena.py), in i
 updates as its method made there; one that differentiates in another way makes more or fewer, by what an update costs
 beside the exact one when both are measured in turns. Arms in bfloat16 make the updates of float32: what bfloat16 costs
 a CPU says nothing about accelerators. A seed takes about nine minutes of CPU time; what is done already is not done
-again. Prints a Markdown table and draws the losses: sCM's lies between 0 and 1, DMD's is divided by 10.
+again. Prints a Markdown table and draws the losses: sCM's lies between 0 and 1, DMD's is divided by 20.
 """
 
 import argparse
@@ -99,13 +99,13 @@ BALANCES = tuple(name for name in ABLATIONS if "DMD weight" in name)
 # Of the figure, by title: a metric, what it is divided by, and the arms.
 PANELS = {
     "sCM's loss: balances of rCM": ("loss_scm", 1.0, ("rCM", *BALANCES)),
-    "DMD's loss / 10: balances of rCM": ("loss_dmd", 10.0, ("rCM", *BALANCES)),
+    "DMD's loss / 20: balances of rCM": ("loss_dmd", 20.0, ("rCM", *BALANCES)),
     "sCM's loss: rCM, apart from the balance": (
         "loss_scm",
         1.0,
         tuple(name for name in ABLATIONS if name.startswith("rCM") and name not in BALANCES),
     ),
-    "DMD's loss / 10: simulation times": ("loss_dmd", 10.0, ("rCM", "rCM, fixed times", "DMD", "DMD, fixed times")),
+    "DMD's loss / 20: simulation times": ("loss_dmd", 20.0, ("rCM", "rCM, fixed times", "DMD", "DMD, fixed times")),
     "sCM's loss: sCM in float32": (
         "loss_scm",
         1.0,
