@@ -35,10 +35,10 @@ from launch import keep_compilations
 from rcm_jax import sampling
 from rcm_jax.config import Stage, parse_stages
 from rcm_jax.media import json_text, write_file
-from rcm_jax.methods import Applies, Recipe, mean_velocity
+from rcm_jax.methods import Applies, Apply, Recipe, mean_velocity
 from rcm_jax.schedule import Phase, phase_at
 from rcm_jax.state import Params, TrainState, create_optimizer, create_state, ema_exponent
-from rcm_jax.steps import critic_step, student_step
+from rcm_jax.steps import Metrics, critic_step, student_step
 from rcm_jax.trigflow import NET_TIME_SCALE, rf_velocity
 
 COMMAND = "python -m benchmarks.arena --out=benchmarks/results/arena.json --figure=docs/arena.png"
@@ -52,6 +52,7 @@ SETTINGS = ((16, 1.0), (16, 2.0), (64, 1.0))  # dimensions and guidance; the fir
 SEARCH_SEED = 100
 RATES = (3e-4, 1e-3)
 EVERYONE = Recipe(p_G_mean=0.0, p_G_std=1.6, p_D_shift=1.0, dcm_shift=1.0, ema_gamma=ema_exponent(0.1))
+WINDOWS = 25  # of a training, whose mean losses are kept
 COLUMNS = ("precision", "recall", "spread", "weights_tv", "wasserstein")
 
 
@@ -63,6 +64,9 @@ class Method(NamedTuple):
     values: tuple[float, ...]
     recipe: Mapping[str, Any] = MappingProxyType({})
     longer: int = 1
+    warmup: float = 0.1  # of the tangent, as a share of the student's updates
+    dtype: str = "float32"  # of the network's inner layers
+    time_dtype: str = "float32"  # of its embedding of time
 
 
 METHODS = {
@@ -105,27 +109,35 @@ def apply_mlp(
     span_B: jax.Array | None = None,
     mode: str = "reverse",
     discriminate: bool = False,
+    dtype: str = "float32",
+    time_dtype: str = "float32",
 ) -> Any:
-    """A residual MLP over the last axis, as steps.py calls a network."""
+    """A residual MLP over the last axis, as steps.py calls a network.
+
+    Inner layers compute in `dtype`, the embedding of time in `time_dtype`, the output layer in float32, as Wan's.
+    """
     del mode
 
-    def linear(name: str, x: jax.Array) -> jax.Array:
-        return x @ params[name]["kernel"] + params[name]["bias"][None]
+    def linear(name: str, x: jax.Array, dtype: str) -> jax.Array:
+        return x.astype(dtype) @ params[name]["kernel"].astype(dtype) + params[name]["bias"].astype(dtype)[None]
 
-    def embed(time_B: jax.Array) -> jax.Array:
-        angle_BF = jnp.pi * jnp.arange(1, FREQUENCIES + 1) * (time_B / NET_TIME_SCALE)[:, None]
-        return jnp.concatenate([time_B[:, None] / NET_TIME_SCALE, jnp.sin(angle_BF), jnp.cos(angle_BF)], axis=1)
+    def embed(name: str, time_B: jax.Array) -> jax.Array:
+        s_B1 = time_B.astype(time_dtype)[:, None] / NET_TIME_SCALE
+        angle_BF = (jnp.pi * jnp.arange(1, FREQUENCIES + 1)).astype(time_dtype)[None] * s_B1
+        fourier_BF = jnp.concatenate([s_B1, jnp.sin(angle_BF), jnp.cos(angle_BF)], axis=1)
+        return linear(name, fourier_BF, time_dtype).astype(dtype)
 
-    hidden = linear("x", x_BTHWC[:, 0, 0, 0]) + linear("time", embed(time_B)) + linear("text", text_BSD[:, 0])
+    hidden = linear("x", x_BTHWC[:, 0, 0, 0], dtype) + embed("time", time_B) + linear("text", text_BSD[:, 0], dtype)
     if span_B is not None:
-        hidden += linear("span", embed(span_B))
+        hidden += embed("span", span_B)
     features = [hidden]
     for layer in range(LAYERS):
-        features.append(features[-1] + linear(f"hidden_{layer}", jax.nn.gelu(features[-1])))
-    out = linear("out", jax.nn.gelu(features[-1]))[:, None, None, None]
+        features.append(features[-1] + linear(f"hidden_{layer}", jax.nn.gelu(features[-1]), dtype))
+    out = linear("out", jax.nn.gelu(features[-1]), "float32")[:, None, None, None]
     if not discriminate:
         return out
-    return out, linear("judge_out", jax.nn.silu(linear("judge_in", jax.nn.gelu(features[LAYERS // 2 + 1]))))[:, 0]
+    judged = linear("judge_in", jax.nn.gelu(features[LAYERS // 2 + 1]), "float32")
+    return out, linear("judge_out", jax.nn.silu(judged), "float32")[:, 0]
 
 
 def train_start(mixture: Mixture, seed: int) -> Params:
@@ -163,6 +175,10 @@ class Arm(NamedTuple):
     value: float
 
     @property
+    def apply(self) -> Apply:
+        return functools.partial(apply_mlp, dtype=self.method.dtype, time_dtype=self.method.time_dtype)
+
+    @property
     def stage(self) -> Stage:
         return parse_stages(f"{self.method.losses}:1")[0]
 
@@ -173,14 +189,15 @@ class Arm(NamedTuple):
     @property
     def recipe(self) -> Recipe:
         searched = {} if self.method.knob == "student_update_freq" else {self.method.knob: self.value}
-        return dataclasses.replace(EVERYONE, guidance=self.guidance, **self.method.recipe, **searched)
+        return dataclasses.replace(EVERYONE, guidance=self.guidance, **searched | dict(self.method.recipe))
 
 
-TakeStep = Callable[[TrainState, jax.Array, Phase], TrainState]
+TakeStep = Callable[[TrainState, jax.Array, Phase], tuple[TrainState, Metrics]]
+Curve = dict[str, list[float | None]]
 
 
 def compile_arm(arm: Arm, start: Params, student_updates: int) -> tuple[TrainState, TakeStep]:
-    """The first state, and (state, key of the run, phase) -> the state after one update."""
+    """The first state, and (state, key of the run, phase) -> the state and the metrics of one update."""
     losses, mixture, recipe = arm.stage.losses, arm.mixture, arm.recipe
 
     def optimize(updates: int) -> optax.GradientTransformation:
@@ -192,7 +209,7 @@ def compile_arm(arm: Arm, start: Params, student_updates: int) -> tuple[TrainSta
     student = init_mlp(key, dim, ["span"] if "mean_flow" in losses else []) | start
     fake = init_mlp(key, dim, ["discriminator"] if "gan" in losses else []) | start
     state = create_state(student, {}, optimizer, critic_optimizer if "dmd" in losses else None, fake)
-    shared = {"apply": Applies(apply_mlp, mixture.velocity, apply_mlp), "recipe": recipe}
+    shared = {"apply": Applies(arm.apply, mixture.velocity, arm.apply), "recipe": recipe}
 
     @functools.partial(jax.jit, static_argnames=("update", "losses"), donate_argnums=0)
     def take_step(state, run_key, ratio, update, losses):
@@ -200,9 +217,9 @@ def compile_arm(arm: Arm, start: Params, student_updates: int) -> tuple[TrainSta
         latent, text = mixture.sample(data, BATCH)
         batch = {"latent": latent, "text": text}
         if update == "critic":
-            return critic_step(state, batch, draws, loss_names=losses, optimizer=critic_optimizer, **shared)[0]
+            return critic_step(state, batch, draws, loss_names=losses, optimizer=critic_optimizer, **shared)
         options = {"loss_names": losses, "optimizer": optimizer, "negative_text": jnp.zeros((1, CAPTIONS))}
-        return student_step(state, batch, draws, ratio, **options, **shared)[0]
+        return student_step(state, batch, draws, ratio, **options, **shared)
 
     return state, lambda state, key, phase: take_step(
         state, key, jnp.float32(phase.tangent_ratio), phase.update, phase.losses
@@ -215,31 +232,42 @@ def measure_cost(arm: Arm, start: Params, updates: int = 100) -> dict[str, float
     seconds, stages = {}, [Stage(arm.stage.losses, 2)]
     for index in range(2 if "dmd" in arm.stage.losses else 1):
         phase = phase_at(stages, index, tangent_warmup=0, student_update_freq=2)
-        state = jax.block_until_ready(take_step(state, jax.random.key(0), phase))
+        state, _ = jax.block_until_ready(take_step(state, jax.random.key(0), phase))
         begin = time.process_time()
         for _ in range(updates):
-            state = take_step(state, jax.random.key(0), phase)
+            state, _ = take_step(state, jax.random.key(0), phase)
         jax.block_until_ready(state)
         seconds[phase.update] = (time.process_time() - begin) / updates
     return seconds
 
 
 def iterations_of(arm: Arm, cost: dict[str, float]) -> tuple[int, int]:
-    """Iterations, and student updates among them, that SECONDS pay for."""
+    """Iterations, and student updates among them, that the arm's time pays for."""
     critics = arm.update_freq - 1 if "critic" in cost else 0
     rounds = int(SECONDS * arm.method.longer / (cost["student"] + critics * cost.get("critic", 0.0)))
     return rounds * (1 + critics), rounds
 
 
-def train_arm(arm: Arm, start: Params, cost: dict[str, float], seed: int) -> Params:
-    """The EMA of a student that has had its SECONDS; a tenth of the iterations warm tangents up."""
+def train_arm(arm: Arm, start: Params, cost: dict[str, float], seed: int) -> tuple[Params, Curve]:
+    """The EMA of a student that has had its time, and the losses and norms of gradients on the way."""
     iterations, student_updates = iterations_of(arm, cost)
     state, take_step = compile_arm(arm, start, student_updates)
-    stage, warmup = Stage(arm.stage.losses, iterations), student_updates // 10
+    stage, warmup, metrics = Stage(arm.stage.losses, iterations), int(student_updates * arm.method.warmup), []
     for iteration in range(iterations):
         phase = phase_at([stage], iteration, tangent_warmup=warmup, student_update_freq=arm.update_freq)
-        state = take_step(state, jax.random.key(seed), phase)
-    return state.ema
+        state, found = take_step(state, jax.random.key(seed), phase)
+        metrics.append({name: value for name, value in found.items() if name.startswith(("loss_", "grad_norm"))})
+    return state.ema, thin(jax.device_get(metrics), WINDOWS)
+
+
+def thin(metrics: Sequence[Mapping[str, float]], windows: int) -> Curve:
+    """The mean of each metric over each of `windows` equal parts of a training; None where no update had it."""
+    parts = np.array_split(np.arange(len(metrics)), windows)
+    curve: Curve = {name: [] for name in sorted({name for each in metrics for name in each})}
+    for part, (name, means) in itertools.product(parts, curve.items()):
+        values = [metrics[index][name] for index in part if name in metrics[index]]
+        means.append(float(f"{np.mean(values):.4g}") if values else None)
+    return curve
 
 
 def sample_student(arm: Arm, params: Params, text_NSD: jax.Array, steps: int) -> np.ndarray:
@@ -248,9 +276,9 @@ def sample_student(arm: Arm, params: Params, text_NSD: jax.Array, steps: int) ->
     shape, seeds = (1, 1, 1, arm.mixture.dim), jnp.arange(len(text_NSD)) + len(text_NSD)
 
     if "mean_flow" in arm.stage.losses:
-        x = jax.jit(lambda: sampling.mean_flow(mean_velocity(apply_mlp, params, text_NSD), seeds, shape, times))()
+        x = jax.jit(lambda: sampling.mean_flow(mean_velocity(arm.apply, params, text_NSD), seeds, shape, times))()
     else:
-        velocity = rf_velocity(functools.partial(apply_mlp, params, text_BSD=text_NSD))
+        velocity = rf_velocity(functools.partial(arm.apply, params, text_BSD=text_NSD))
         x = jax.jit(lambda: sampling.few_step(velocity, seeds, shape, times))()
     return np.asarray(x)[:, 0, 0, 0]
 
@@ -278,13 +306,10 @@ def create_setting(dim: int, guidance: float) -> Setting:
     return Setting(mixture, guidance, text_NSD, sample_teacher(mixture, text_NSD, guidance))
 
 
-def run_arm(arm: Arm, setting: Setting, start: Params, costs: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Trains and scores one arm; adds to `costs` what an update of it costs, unless it is there."""
-    if arm.method.losses not in costs:
-        costs[arm.method.losses] = measure_cost(arm, start)
-    cost = costs[arm.method.losses]
+def run_arm(arm: Arm, setting: Setting, start: Params, cost: dict[str, float], seed: int) -> dict[str, Any]:
+    """Trains and scores one arm, whose updates cost `cost`."""
     begin = time.process_time()
-    params = train_arm(arm, start, cost, seed)
+    params, curve = train_arm(arm, start, cost, seed)
     seconds = time.process_time() - begin
     scores = {str(steps): setting.score(sample_student(arm, params, setting.text_NSD, steps)) for steps in STEPS}
     return {
@@ -293,6 +318,7 @@ def run_arm(arm: Arm, setting: Setting, start: Params, costs: dict[str, Any], se
         "iterations": iterations_of(arm, cost)[0],
         "cpu_seconds_with_compilation": seconds,
         "steps": scores,
+        "curve": curve,
     }
 
 
@@ -346,7 +372,9 @@ def fill_setting(results: dict[str, Any], setting: Setting, arguments: argparse.
         if key in into:
             return
         arm = Arm(setting.mixture, setting.guidance, METHODS[name], rate, value)
-        into[key] = run_arm(arm, setting, start_of(seed), costs, seed)
+        if arm.method.losses not in costs:
+            costs[arm.method.losses] = measure_cost(arm, start_of(seed))
+        into[key] = run_arm(arm, setting, start_of(seed), costs[arm.method.losses], seed)
         print(f"{setting.name}: {key}: {mean_wasserstein(into[key]):.4f}", flush=True)
         write_file(arguments.out, json_text(results, indent=1).encode())
 
@@ -354,9 +382,14 @@ def fill_setting(results: dict[str, Any], setting: Setting, arguments: argparse.
         keep(search, key, name, rate, value, SEARCH_SEED)
     runs.setdefault("teacher", {"steps": {str(TEACHER_STEPS): setting.score(sample_exactly(setting))}})
     for seed, name in itertools.product(range(arguments.seeds), METHODS):
-        chosen = [key for key, trial in trials.items() if trial[0] == SEARCHED.get(name, name)]
-        _, rate, value = trials[min(chosen, key=lambda key: mean_wasserstein(search[key]))]
-        keep(runs, f"{name}, seed {seed}", name, rate, value, seed)
+        keep(runs, f"{name}, seed {seed}", name, *best_trial(search, name), seed)
+
+
+def best_trial(search: dict[str, Any], name: str) -> tuple[float, float]:
+    """The learning rate and the value of the knob that the search of a method ended with."""
+    trials = [run for key, run in search.items() if key.partition(", ")[0] == SEARCHED.get(name, name)]
+    best = min(trials, key=mean_wasserstein)
+    return best["rate"], best[METHODS[name].knob]
 
 
 def sample_exactly(setting: Setting) -> np.ndarray:
