@@ -79,7 +79,7 @@ class Images(NamedTuple):
 def read_sklearn() -> Images:
     """scikit-learn's 1,797 digits of 8x8 pixels, 0 to 16."""
     pixel_NP, digit_N = datasets.load_digits(return_X_y=True)
-    return Images(pixel_NP.reshape(-1, 8, 8).astype(np.uint8), digit_N)
+    return Images(pixel_NP.reshape(-1, 8, 8).astype(np.uint8), np.asarray(digit_N))
 
 
 def read_mnist() -> Images:
