@@ -22,7 +22,7 @@ test: $(DEV_STAMP)
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 parity: $(PARITY_STAMP)
-	$(VENV)/bin/python -m pytest tests/parity $(ARGS)
+	$(VENV)/bin/python -m pytest tests/parity -n auto --dist loadfile $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check

@@ -26,7 +26,7 @@ from benchmarks import soak
 from rcm_jax import media
 from rcm_jax.checkpoint import load_safetensors
 
-CASES = (("save", 0), ("step", 1))  # when, and which process is killed
+CASES = {"save": 0, "step": 1}  # when, and which process is killed
 # As launch/host.sh does: seconds that the other has to end by itself, and starts, for one may fail by itself.
 GRACE, STARTS = 60, 5
 # Of the norm of a tensor, and of a loss. Adam turns where a gradient is all rounding: weights keep fewer digits.
@@ -39,6 +39,7 @@ def main() -> None:
     """Runs all and reports; exits with code 1 if a run ends otherwise than the one with one device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="of each run (default: %(default)s)")
+    parser.add_argument("--moments", nargs="+", choices=CASES, default=list(CASES), help="of a kill (default: both)")
     parser.add_argument("--workdir", type=Path, default=Path("runs/pair"), metavar="DIR", help="must not exist")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a JSON file for the result")
     arguments = parser.parse_args()
@@ -47,7 +48,8 @@ def main() -> None:
     soak.prepare(workdir)
     finish_alone(workdir, "alone", arguments.steps)
     cases = {
-        f"{moment}, process {victim}": kill_one(workdir, moment, victim, arguments.steps) for moment, victim in CASES
+        f"{moment}, process {CASES[moment]}": kill_one(workdir, moment, CASES[moment], arguments.steps)
+        for moment in arguments.moments
     }
     result = {
         "steps": arguments.steps,

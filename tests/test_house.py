@@ -157,8 +157,8 @@ def test_make_installs_once_and_again_when_requirements_change(make: Make):
 
 def test_make_parity_alone_installs_pytorch(make: Make):
     files = ["pip requirements.txt", "pip requirements-dev.txt", "pip requirements-parity.txt"]
-    assert make("parity") == (0, ["venv", *files, "-m pytest tests/parity -x"])
-    assert make("parity") == (0, ["-m pytest tests/parity -x"])
+    assert make("parity") == (0, ["venv", *files, "-m pytest tests/parity -n auto --dist loadfile -x"])
+    assert make("parity") == (0, ["-m pytest tests/parity -n auto --dist loadfile -x"])
     assert make("test") == (0, [TEST])
 
 
