@@ -228,6 +228,8 @@ def _check_methods(flat: dict[str, Any], losses: set[str]) -> None:
         raise UserError("model.lora_rank adapts a teacher, and no stage has one: set it to 0")
     if flat["model.critic_lora_rank"] and "dmd" not in losses:
         raise UserError("model.critic_lora_rank adapts a fake score, and no stage has dmd: set it to 0")
+    if "teacher" in flat["host_memory"] and not losses & FROM_TEACHER:
+        raise UserError(f"host_memory={flat['host_memory']} names a teacher, and no stage has one: leave it out")
     lowest, highest = flat["loss.rf_range"]
     if (lowest, highest) == (0, 1):
         return
@@ -256,7 +258,7 @@ _WEIGHT: Rule = (lambda value: 0 <= value < math.inf, "a number of at least 0")
 _DECAY_RATE: Rule = (lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 _FALLING_TIMES: Rule = (_falling, "TrigFlow times that fall, each between 0 and pi/2")
 _HOST_MEMORY: Rule = (
-    lambda value: isinstance(value, str) and set(value.split(",")) <= {"", "teacher", "ema"},
+    lambda value: value in ("", "teacher", "ema", "teacher,ema", "ema,teacher"),
     "teacher, ema, both with a comma between them, or empty",
 )
 _MESH_SIZE: Rule = (

@@ -122,7 +122,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate(held))
 
 
-def block_ops(mesh: Mesh | None, heads: int, ulysses: int = 0, dtype: Any = jnp.float32) -> BlockOps:
+def block_ops(mesh: Mesh | None, heads: int, ulysses: int = 0, *, dtype: Any) -> BlockOps:
     """Blocks of so many heads over the mesh: kernels, which XLA cannot split, and what it should not choose itself.
 
     `ulysses` neighbours along the context axis exchange heads for tokens, as many as possible if it is 0; keys go round
@@ -233,8 +233,12 @@ def place_params(tree: Any, mesh: Mesh) -> Any:
 
 
 def in_host_memory(shardings: Any) -> Any:
-    """The same places, in the memory of the devices' hosts."""
-    return jax.tree.map(lambda at: at.with_memory_kind("pinned_host"), shardings)
+    """The same places, those of matrices in the memory of the devices' hosts; the rest of a network is small."""
+
+    def move(path: Any, at: NamedSharding) -> NamedSharding:
+        return at.with_memory_kind("pinned_host") if _dotted(path).endswith(".kernel") else at
+
+    return jax.tree_util.tree_map_with_path(move, shardings)
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:

@@ -262,7 +262,7 @@ def test_a_value_that_is_plainly_none_has_no_type_to_override(recipe: Path):
         ("model.critic_lora_rank", [-1]),
         ("ema.sigma_rel", [0.0, 0.29]),
         ("model.ulysses", [-1, 1.5]),
-        ("host_memory", ["student", "teacher;ema"]),
+        ("host_memory", ["student", "teacher;ema", "teacher,", 3]),
         ("mesh.data", [0, -2, 1.5]),
         ("mesh.fsdp", [0, -2]),
         ("mesh.context", [0, 1.5]),
@@ -292,6 +292,7 @@ def test_a_value_that_breaks_its_rule_is_named(recipe: Path, key: str, values: l
     ("overrides", "message"),
     [
         (["stages=sct:9", "model.lora_rank=4"], "model.lora_rank adapts a teacher, and no stage has one"),
+        (["stages=sct:9", "host_memory=ema,teacher"], "host_memory=ema,teacher names a teacher, and no stage has one"),
         (["stages=scm:9", "model.critic_lora_rank=4"], "adapts a fake score, and no stage has dmd"),
         (["stages=dcm:9", "loss.rf_range=0.5,1.0"], "loss.rf_range bounds drawn times, dcm has a grid of all"),
         (

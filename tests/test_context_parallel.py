@@ -67,7 +67,7 @@ def results(ops, primals):
 def test_attention_over_a_mesh_is_that_of_one_device(name, lengths):
     sizes, ulysses = MESHES[name]
     primals = operands(*LENGTHS[lengths])
-    ops = sharding.block_ops(sharding.make_mesh(**sizes), HEADS, ulysses)
+    ops = sharding.block_ops(sharding.make_mesh(**sizes), HEADS, ulysses, dtype=jnp.float32)
     ours, theirs = (
         jax.jit(functools.partial(results, which), compiler_options=FAST)(primals) for which in (ops, WHOLE)
     )
@@ -80,7 +80,7 @@ def test_attention_over_a_mesh_is_that_of_one_device(name, lengths):
 def test_bfloat16_is_merged_in_float32():
     """A ring errs in bfloat16 as much as one device does."""
     rounded = operands(29, 29, jnp.bfloat16)
-    ring = sharding.block_ops(sharding.make_mesh(context=4), HEADS, ulysses=1)
+    ring = sharding.block_ops(sharding.make_mesh(context=4), HEADS, ulysses=1, dtype=jnp.float32)
 
     def tangent(ops, *primals):
         return jax.jvp(functools.partial(ops.attention, mode="forward", return_lse=True), primals, primals)
@@ -106,7 +106,7 @@ def matmuls(f, *arguments):
 def test_no_attention_forward_or_tangent_runs_twice(name, rounds):
     """Products a round over keys: 2 for the value, 6 with its tangent, 6 for the gradient (one of them of vectors)."""
     sizes, ulysses = MESHES[name]
-    ops = sharding.block_ops(sharding.make_mesh(**sizes), HEADS, ulysses)
+    ops = sharding.block_ops(sharding.make_mesh(**sizes), HEADS, ulysses, dtype=jnp.float32)
     primals = operands(32, 32)
     keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse", "attention_tangent")
 
@@ -134,7 +134,7 @@ def test_no_attention_forward_or_tangent_runs_twice(name, rounds):
 )
 def test_heads_that_do_not_divide_are_an_error(sizes, heads, ulysses, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        sharding.block_ops(sharding.make_mesh(**sizes), heads, ulysses)
+        sharding.block_ops(sharding.make_mesh(**sizes), heads, ulysses, dtype=jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_heads_that_do_not_divide_are_an_error(sizes, heads, ulysses, message):
     [({"context": 8}, 12, 4), ({"context": 4}, 40, 4), ({"context": 4, "tensor": 2}, 12, 2), ({"context": 8}, 5, 1)],
 )
 def test_as_many_devices_exchange_heads_as_these_divide_into(sizes, heads, group):
-    ops = sharding.block_ops(sharding.make_mesh(**{"data": -1} | sizes), heads)
+    ops = sharding.block_ops(sharding.make_mesh(**{"data": -1} | sizes), heads, dtype=jnp.float32)
     q = jax.ShapeDtypeStruct((BATCH, 32, heads, DIM), jnp.float32)
     program = str(jax.make_jaxpr(ops.attention)(q, q, q))
     groups = re.findall(r"all_to_all\[\s*axis_index_groups=\(\(([\d, ]+)\)", program)

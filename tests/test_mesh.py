@@ -55,7 +55,7 @@ def devices(name):
 
 
 def build(mesh=None, ulysses=0, **settings):
-    ops = WHOLE if mesh is None else sharding.block_ops(mesh, CONFIG.heads, ulysses)
+    ops = WHOLE if mesh is None else sharding.block_ops(mesh, CONFIG.heads, ulysses, dtype=jnp.float32)
     return create_network(CONFIG, ops=ops, **settings)
 
 
@@ -148,7 +148,10 @@ def test_every_token_keeps_its_own_time_and_place(config, times):
     """On tokens that do not divide over the devices."""
     sizes, ulysses = MESHES["both and tensor"]
     mesh, time = sharding.make_mesh(**sizes), 500 + 200 * normal(2, BATCH, times)
-    alone, spread = create_network(config), create_network(config, ops=sharding.block_ops(mesh, config.heads, ulysses))
+    alone, spread = (
+        create_network(config),
+        create_network(config, ops=sharding.block_ops(mesh, config.heads, ulysses, dtype=jnp.float32)),
+    )
     noisy = (normal(seed, *leaf.shape) / 8 for seed, leaf in enumerate(jax.tree.leaves(alone.abstract_params())))
     params = jax.tree.structure(alone.abstract_params()).unflatten(noisy)
     expected = jax.jit(alone.apply, compiler_options=FAST)(params, BATCHES["latent"], time, BATCHES["text"])
@@ -185,13 +188,27 @@ def count_between(lines, operation):
     return [sum(first < kernel < last for kernel in kernels) for first, last in spans]
 
 
+def test_weights_of_blocks_are_cast_before_they_travel():
+    """Where XLA is told of a block's matrices: TPUs would see to it by themselves, other devices need not."""
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    config = dataclasses.replace(CONFIG, dim=512, ffn_dim=1024, heads=4)
+    ops = sharding.block_ops(mesh, config.heads, dtype=jnp.bfloat16)
+    network = create_network(config, dtype=jnp.bfloat16, ops=ops)
+    arrays = (jax.ShapeDtypeStruct((8, *shape), jnp.float32) for shape in ((2, 4, 4, 2), (), TEXT))
+    program = jax.jit(network.apply).lower(network.abstract_params(), *arrays).as_text()
+    found = re.findall(r"sharding_constraint .* tensor<(?:512|1024)x(?:512|1024)x(\w+)>", program)
+    assert len(found) >= 20  # ten matrices, each where it is stored and where it is gathered
+    assert set(found) == {"bf16"}
+
+
 @functools.cache
 def program():
     """Value, tangent and gradient, by weights of 512 x 512, on 8 TPUs: FSDP, and Ulysses inside a ring."""
     chips = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
     mesh = sharding.make_mesh(data=1, fsdp=2, context=4, devices=chips)
     config = dataclasses.replace(CONFIG, dim=512, ffn_dim=1024, heads=4, layers=LAYERS)
-    network = create_network(config, dtype=jnp.bfloat16, ops=sharding.block_ops(mesh, config.heads, ulysses=2))
+    ops = sharding.block_ops(mesh, config.heads, ulysses=2, dtype=jnp.bfloat16)
+    network = create_network(config, dtype=jnp.bfloat16, ops=ops)
 
     def loss(params, x, time, text):
         apply = functools.partial(network.apply, params, mode="forward")

@@ -54,6 +54,20 @@ def test_a_step_that_fits_is_sized(run, tmp_path):
     assert "all fit; 40 iterations take at least" in printed.out
 
 
+def test_steps_that_keep_things_in_the_hosts_memory_compile_for_tpus(run):
+    """libtpu takes fewer operations on such arrays than a CPU."""
+    words = [
+        "--config.stages=rcm:9",
+        "--config.loss.tangent_warmup=1",
+        "--config.model.remat=offload",
+        "--config.host_memory=teacher,ema",
+    ]
+    code, printed = run(*WORDS, *SMALL, *words, "--topology=v5e:2x2")
+    assert code == 0, printed.err
+    assert "critic: " in printed.out
+    assert "student, dmd+scm: " in printed.out
+
+
 def test_a_step_that_does_not_fit_is_said_to_be_too_large(run):
     code, printed = run(*WORDS, "--latent", "400", "800", "800", "--topology=v5e:2x2")
     assert code == 1

@@ -93,7 +93,7 @@ def open_transformer(
         families.check(tensors, families.tensor_shapes(family, config), str(path))
         checkpoints.append((path, tensors))
     assert config is not None
-    network = create_network(config, dtype=dtype, ops=block_ops(mesh, config.heads))
+    network = create_network(config, dtype=dtype, ops=block_ops(mesh, config.heads, dtype=dtype))
     abstract = in_dtype(network.abstract_params(), dtype)
     loads = tuple(
         functools.partial(collect_params, tensors, abstract, family.published, source=str(path))
