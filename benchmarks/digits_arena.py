@@ -109,13 +109,16 @@ def main() -> None:
     runs = [(name, seed) for seed in range(arguments.seeds) for name in names]
     missing = [run for run in runs if _key(*run) not in results["runs"]]
     with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_try, *run, arguments) for run in missing]):
-            key, result = future.result()
-            if result is not None:
-                results["runs"][key] = result
-                media.write_file(arguments.out, media.json_text(results, indent=1).encode())
-                print(f"{key}: done", file=sys.stderr)
-    failed = [_key(*run) for run in runs if _key(*run) not in results["runs"]]
+        keys = {pool.submit(_run, *run, arguments): _key(*run) for run in missing}
+        for future in as_completed(keys):
+            if (error := future.exception()) is not None:  # of one run: the others go on, and it is told at the end
+                traceback.print_exception(error)
+                print(f"{keys[future]}: failed", file=sys.stderr)
+                continue
+            results["runs"][keys[future]] = future.result()
+            media.write_file(arguments.out, media.json_text(results, indent=1).encode())
+            print(f"{keys[future]}: done", file=sys.stderr)
+    failed = [key for key in keys.values() if key not in results["runs"]]
     if results["runs"]:
         print(table(results))
         media.write_file(arguments.out.with_suffix(".png"), chart(results))
@@ -156,16 +159,11 @@ def _key(name: str, seed: int) -> str:
     return f"{name}; seed {seed}"
 
 
-def _try(name: str, seed: int, arguments: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
-    """A run's key and result, None if it failed: one method's failure does not end the others."""
+def _run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A run's result."""
     keep_compilations()
-    try:
-        run = {"real": _score_real, "teacher": _score_teacher}.get(name, functools.partial(_train_and_score, name))
-        return _key(name, seed), run(seed, arguments)
-    except Exception:
-        print(f"{_key(name, seed)} failed", file=sys.stderr)
-        traceback.print_exc()
-        return _key(name, seed), None
+    run = {"real": _score_real, "teacher": _score_teacher}.get(name, functools.partial(_train_and_score, name))
+    return run(seed, arguments)
 
 
 def create_recipe(method: Method, seed: int, arguments: argparse.Namespace) -> ConfigDict:

@@ -167,13 +167,17 @@ class Inline:
         pass
 
     def submit(self, *call):
-        return functools.partial(*call)
-
-
-def as_completed(calls):
-    for call in calls:
         future = Future()
-        future.set_result(call())
+        future.call = functools.partial(*call)
+        return future
+
+
+def as_completed(futures):
+    for future in futures:
+        try:
+            future.set_result(future.call())
+        except RuntimeError as error:
+            future.set_exception(error)
         yield future
 
 
