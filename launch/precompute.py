@@ -92,10 +92,12 @@ def _check(arguments: Namespace) -> dict[str, str]:
     if len(sources) != 1:
         raise UserError(f"give one of {', '.join(map(options.spell, TAKES))}: there are {len(sources)}")
     (source,) = sources
-    if not re.fullmatch(r"[A-Za-z]\w*", arguments.name, re.ASCII) or arguments.name in ("digits", "digits28"):
+    from rcm_jax.data import digits
+
+    if not re.fullmatch(r"[A-Za-z]\w*", arguments.name, re.ASCII) or arguments.name in digits.VARIANTS:
+        taken = " or ".join(digits.VARIANTS)
         raise UserError(
-            f"--name {arguments.name} must be a word of letters, digits and _, and not digits or digits28: "
-            "choose another"
+            f"--name {arguments.name} must be a word of letters, digits and _, and not {taken}: choose another"
         )
     if not 0 <= arguments.max_bad < 1:
         raise UserError(f"--max-bad {arguments.max_bad} must be at least 0 and less than 1")

@@ -36,7 +36,8 @@ def step_operations(one: Operations, phase: Phase, recipe: Recipe, remat: Remat 
 
     With `remat`, what the backward pass makes again counts too.
     """
-    again = 0.0 if remat is None else _again(one, remat)
+    made_again = {"attention": one.linear, "offload": one.linear, "block": one.forward}  # see models/blocks.py
+    again = made_again.get(remat or "none", 0.0)
     learn = one.forward + one.gradient + again
     teacher = one.forward * (1 if recipe.guidance == 1 else 2)
     simulation = (recipe.simulation_steps - 1) / 2 * one.forward
@@ -61,11 +62,6 @@ def step_operations(one: Operations, phase: Phase, recipe: Recipe, remat: Remat 
         "gan": judge - 0.5 * one.forward - 0.5 * one.linear,  # the forward pass is DMD's, the weights do not learn
     }
     return sum(parts[name] for name in phase.losses)
-
-
-def _again(one: Operations, remat: Remat) -> float:
-    """What the backward pass makes again, see models/blocks.py."""
-    return {"none": 0.0, "linear": 0.0, "attention": one.linear, "offload": one.linear, "block": one.forward}[remat]
 
 
 def received_bytes(program: str, dynamic_trips: float) -> dict[str, float]:

@@ -34,7 +34,6 @@ from pallas_kernels.refusals import forward_only, reverse_only
 
 Mode = Literal["reverse", "forward"]
 Remat = Literal["none", "linear", "attention", "block", "offload"]
-Keep = Callable[[jax.Array], jax.Array]
 
 
 class Inside(NamedTuple):
@@ -46,7 +45,7 @@ class Inside(NamedTuple):
     """
 
     attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-    keep: Keep
+    keep: Callable[[jax.Array], jax.Array]
 
 
 class BlockOps(NamedTuple):

@@ -258,7 +258,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BLD: jax.Array, source_BSD: jax.Array, inside: Inside, rotary: Rotary | None = None
     ) -> jax.Array:
-        q, k, v = (inside.keep(y) for y in (self.q(x_BLD), self.k(source_BSD), self.v(source_BSD)))
+        q, k, v = map(inside.keep, (self.q(x_BLD), self.k(source_BSD), self.v(source_BSD)))
         return inside.keep(self.o(self.attend_heads(inside, self.norm_q(q), self.norm_k(k), v, rotary)))
 
     def attend_heads(
