@@ -61,10 +61,13 @@ def mixed_velocity(
 
 
 def draw_interval(
-    key: Key[Array, ""], batch: int, mean: float, std: float, share: float, rf_range: Range = WHOLE_RANGE
-) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
-    """RF times s and spans: two draws of p_G, of which s is the later; in a `share` of samples the span is not 0."""
+    key: Key[Array, ""], mean: float, std: float, share: float, rf_range: Range = WHOLE_RANGE
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """One sample's RF time s and span: of two draws of p_G, s is the later; in a `share` of samples the span is not 0.
+
+    Geng et al., arXiv 2505.13447, section 4.3.
+    """
     times, choice = jax.random.split(key)
-    pair = rf_from_trig(draw_lognormal(times, (2, batch), mean, std, rf_range))
-    s_B, r_B = pair.max(axis=0), pair.min(axis=0)
-    return s_B, jnp.where(jax.random.uniform(choice, (batch,)) < share, s_B - r_B, 0.0)
+    pair = rf_from_trig(draw_lognormal(times, (2,), mean, std, rf_range))
+    s, r = pair.max(), pair.min()
+    return s, jnp.where(jax.random.uniform(choice) < share, s - r, 0.0)

@@ -262,36 +262,35 @@ def guided(apply: Apply, params: Params, text_BSD: jax.Array, negative: jax.Arra
     return velocity
 
 
-def draw_student(key: jax.Array, latent: jax.Array, loss_names: frozenset[str], recipe: Recipe) -> Batch:
-    """All that the student's losses draw; the batch axis leads."""
+def draw_student(key: jax.Array, shape: tuple[int, ...], loss_names: frozenset[str], recipe: Recipe) -> Batch:
+    """All that the student's losses draw for one sample, whose latent has `shape` (T, H, W, C)."""
     noise, t, u, generated, interval = jax.random.split(key, 5)
-    batch, p_G = latent.shape[0], (recipe.p_G_mean, recipe.p_G_std)
+    p_G = recipe.p_G_mean, recipe.p_G_std
     draws = {
-        "noise": jax.random.normal(noise, latent.shape),
-        "t": draw_lognormal(t, (batch,), *p_G, recipe.rf_range),
-        "u": jax.random.uniform(u, (batch,)),
+        "noise": jax.random.normal(noise, shape),
+        "t": draw_lognormal(t, (), *p_G, recipe.rf_range),
+        "u": jax.random.uniform(u),
     }
     if loss_names & MEAN_FLOW:
-        s, span = draw_interval(interval, batch, *p_G, recipe.mean_flow_share, recipe.rf_range)
+        s, span = draw_interval(interval, *p_G, recipe.mean_flow_share, recipe.rf_range)
         draws |= {"s": s, "span": span}
-    return draws | (draw_generated(generated, latent, recipe) if "dmd" in loss_names else {})
+    return draws | (draw_generated(generated, shape, recipe) if "dmd" in loss_names else {})
 
 
-def draw_generated(key: jax.Array, latent: jax.Array, recipe: Recipe) -> Batch:
-    """Noises and times of a backward simulation and of the noising of its result; the batch axis leads."""
+def draw_generated(key: jax.Array, shape: tuple[int, ...], recipe: Recipe) -> Batch:
+    """Noises and times of one sample's backward simulation and of the noising of its result."""
     times, noises, t, noise, real = jax.random.split(key, 5)
-    batch, steps, p_D = latent.shape[0], recipe.simulation_steps, (recipe.p_D_shift, recipe.rf_range)
+    steps, p_D = recipe.simulation_steps, (recipe.p_D_shift, recipe.rf_range)
     if recipe.simulation_times:
         draws = jnp.array([jnp.pi / 2, *recipe.simulation_times])[:steps]
-        draws = jnp.broadcast_to(draws[None], (batch, steps))
     else:
-        draws = draw_shifted_uniform(times, (batch, steps), *p_D)
+        draws = draw_shifted_uniform(times, (steps,), *p_D)
     return {
         "simulation_times": draws,
-        "simulation_noises": jax.random.normal(noises, (batch, steps, *latent.shape[1:])),
-        "dmd_t": draw_shifted_uniform(t, (batch,), *p_D),
-        "dmd_noise": jax.random.normal(noise, latent.shape),
-        "real_noise": jax.random.normal(real, latent.shape),
+        "simulation_noises": jax.random.normal(noises, (steps, *shape)),
+        "dmd_t": draw_shifted_uniform(t, (), *p_D),
+        "dmd_noise": jax.random.normal(noise, shape),
+        "real_noise": jax.random.normal(real, shape),
     }
 
 

@@ -1,10 +1,11 @@
 """The training steps: gradients, optimiser, EMA, counters and metrics of one update, as pure functions.
 
-`student_step` serves every loss of the student (METHODS and their sums), `critic_step` trains the fake score. All
-randomness of an update is drawn for the whole batch before it is cut into micro-batches, so that gradient accumulation,
-like sharding, does not change what is computed.
+`student_step` serves every loss of the student (METHODS and their sums), `critic_step` trains the fake score. Each
+sample of an update has a random key of its own, with which its micro-batch draws noises and times: gradient
+accumulation, like sharding, does not change what is computed, and the noises of one micro-batch alone are in memory.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from rcm_jax.state import FAULTS, Params, TrainState
 
 Metrics = dict[str, jax.Array]
 Loss = Callable[[Params, Batch, Batch], tuple[jax.Array, Metrics]]  # of parameters, batch and draws: value and metrics
+Draw = Callable[[jax.Array], Batch]  # what a sample draws with its key
 
 # By the name of the loss in a recipe's stages; "gan" is a part of dmd.
 METHODS: dict[str, Callable[[Setting], Losses]] = {
@@ -46,7 +48,6 @@ def student_step(
 ) -> tuple[TrainState, Metrics]:
     """One update of the student and its EMA. `negative_text` (S, D) embeds the unconditional caption."""
     batch, bad_data = _contain(batch, state.bad_data)
-    draws = draw_student(key, batch["latent"], loss_names, recipe)
     weights = {"flow_matching": 1.0, "dmd": recipe.dmd_weight, "gan": recipe.gan_weight}
 
     def loss_of(method: Callable[[Setting], Losses]) -> Loss:
@@ -60,7 +61,8 @@ def student_step(
 
     # In this order, whatever the set's: sums are the same in every process.
     losses = [loss_of(method) for name, method in METHODS.items() if name in loss_names]
-    grads, metrics = _mean_gradient(losses, state.student, batch, draws, recipe.accumulate)
+    draw = functools.partial(draw_student, shape=batch["latent"].shape[1:], loss_names=loss_names, recipe=recipe)
+    grads, metrics = _mean_gradient(losses, state.student, batch, draw, key, recipe.accumulate)
     student, student_opt, skipped, norm = _update(optimizer, grads, state.student, state.student_opt)
     beta = ema_decay(state.student_updates, recipe.ema_gamma)
     ema = jax.tree.map(lambda e, p: e + (1.0 - beta) * (p - e), state.ema, student)
@@ -88,14 +90,14 @@ def critic_step(
 ) -> tuple[TrainState, Metrics]:
     """One update of the fake score on data the student generates; `loss_names` may hold "gan"."""
     batch, bad_data = _contain(batch, state.bad_data)
-    draws = draw_generated(key, batch["latent"], recipe)
 
     def loss(params: Params, batch: Batch, draws: Batch) -> tuple[jax.Array, Metrics]:
         parts = _means(critic_losses(params, state, batch, draws, loss_names, apply, recipe), batch)
         total = parts["critic"] + recipe.gan_critic_weight * parts.get("gan_critic", 0.0)
         return total, {f"loss_{name}": value for name, value in parts.items()}
 
-    grads, metrics = _mean_gradient([loss], state.fake, batch, draws, recipe.accumulate)
+    draw = functools.partial(draw_generated, shape=batch["latent"].shape[1:], recipe=recipe)
+    grads, metrics = _mean_gradient([loss], state.fake, batch, draw, key, recipe.accumulate)
     fake, fake_opt, skipped, norm = _update(optimizer, grads, state.fake, state.fake_opt)
     state = state.replace(
         iteration=state.iteration + 1,
@@ -138,14 +140,15 @@ def _means(parts: Losses, batch: Batch) -> Metrics:
 
 
 def _mean_gradient(
-    losses: Sequence[Loss], params: Params, batch: Batch, draws: Batch, accumulate: int
+    losses: Sequence[Loss], params: Params, batch: Batch, draw: Draw, key: jax.Array, accumulate: int
 ) -> tuple[Params, Metrics]:
     """Gradient and metrics of a sum of losses, means over `accumulate` micro-batches; sample i is in i mod accumulate.
 
     The losses take turns, so that the activations of one alone are in memory; each has its "loss" among its metrics.
     """
 
-    def gradient(params: Params, batch: Batch, draws: Batch) -> tuple[Params, Metrics]:
+    def gradient(params: Params, batch: Batch, key_B: jax.Array) -> tuple[Params, Metrics]:
+        draws = jax.vmap(draw)(key_B)
         total, metrics = jax.grad(losses[0], has_aux=True)(params, batch, draws)
         for loss in losses[1:]:
             params, total = lax.optimization_barrier((params, total))
@@ -154,16 +157,17 @@ def _mean_gradient(
             metrics |= found | {"loss": metrics["loss"] + found["loss"]}
         return total, metrics
 
+    key_B = jax.random.split(key, len(batch["latent"]))
     if accumulate == 1:
-        return gradient(params, batch, draws)
+        return gradient(params, batch, key_B)
 
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total: Any, micro: tuple[Batch, Batch]) -> tuple[Any, None]:
+    def add(total: Any, micro: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         return jax.tree.map(lambda a, b: a + b / accumulate, total, gradient(params, *micro)), None
 
-    micros = jax.tree.map(split, (batch, draws))
+    micros = jax.tree.map(split, (batch, key_B))
     shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], micros))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return lax.scan(add, zeros, micros)[0]

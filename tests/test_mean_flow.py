@@ -87,7 +87,8 @@ def test_any_number_of_jumps_of_the_true_mean_velocity_is_the_flow(times):
 
 
 def test_an_interval_lies_between_two_times_of_p_g_in_its_share_of_samples():
-    s, span = draw_interval(jax.random.key(0), 20_000, 0.5, 1.2, 0.3)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    s, span = jax.vmap(lambda key: draw_interval(key, 0.5, 1.2, 0.3))(keys)
     assert ((span >= 0) & (span <= s)).all()
     assert abs((span > 0).mean() - 0.3) < 0.015  # four standard deviations
     later = np.random.default_rng(0).normal(0.5, 1.2, (2, 20_000)).max(axis=0)  # log sigma = logit(s)

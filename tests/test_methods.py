@@ -234,8 +234,8 @@ def test_the_method_that_the_documentation_adds_is_zero_for_a_consistent_student
 @pytest.mark.parametrize("rf_range", [(0.875, 1.0), (0.0, 0.875)])
 def test_an_expert_draws_the_times_of_its_range_alone(rf_range):
     recipe = Recipe(rf_range=rf_range)
-    losses, latent = frozenset({"scm", "mean_flow", "dmd"}), jnp.zeros((500, 1, 1, 1, 1))
-    draws = jax.device_get(fast_jit(lambda key: draw_student(key, latent, losses, recipe))(jax.random.key(0)))
+    losses, keys = frozenset({"scm", "mean_flow", "dmd"}), jax.random.split(jax.random.key(0), 500)
+    draws = jax.device_get(fast_jit(jax.vmap(lambda key: draw_student(key, (1,) * 4, losses, recipe)))(keys))
     trig = [draws[name].ravel() for name in ("t", "dmd_t", "simulation_times")]
     for s in [*(np.sin(t) / (np.sin(t) + np.cos(t)) for t in trig), draws["s"], draws["s"] - draws["span"]]:
         assert rf_range[0] - 1e-6 <= s.min()

@@ -204,6 +204,20 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(accumulate, start, b
             np.testing.assert_allclose(ours[name], value, rtol=1e-5, err_msg=name)
 
 
+def test_accumulation_keeps_the_noises_of_one_micro_batch_in_memory():
+    """Those of a critic's sample, four of a simulation and two more, are six times a latent."""
+    latent = (4, 64, 64, 2)
+
+    def temporaries(batch, accumulate):
+        shapes = {"latent": (batch, *latent), "text": (batch, *TEXT)}
+        batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+        step = compiled(accumulate)[1].lower(jax.eval_shape(first_small_state), batch, KEY)
+        return step.compile().memory_analysis().temp_size_in_bytes
+
+    more = temporaries(16, 16) - temporaries(1, 1)
+    assert more < 3 * 16 * np.dtype(np.float32).itemsize * np.prod(latent)  # copies of the batch, cut into parts
+
+
 def spread(tree, mesh):
     return jax.device_put(tree, sharding.tree_shardings(tree, mesh))
 
