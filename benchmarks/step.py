@@ -1,11 +1,12 @@
-"""Time, memory and utilisation of the parts of a training step on one device: Wan 1.3B at 480p, random weights.
+"""Time, memory and utilisation of the parts of a training step: Wan 1.3B at 480p, random weights.
 
     python -m benchmarks.step --out=benchmarks/results/step.json --rcm=CHECKOUT --profile
 
-Batch 1, latents of 21 x 60 x 104, the recipe of configs/wan2_1_t2v_1_3b.py. The steps are those that `launch.train`
-compiles. Utilisation counts the operations of the model's products and attention, none that are made again, over
-the `--peak` of the device. With --rcm, a clone of https://github.com/NVlabs/rcm, its PyTorch networks make the same
-calls on the same device (benchmarks/official.py). With --profile the kernels of each step are listed.
+Batch 1, latents of 21 x 60 x 104, the recipe of configs/wan2_1_t2v_1_3b.py; --override changes it, batch and mesh too
+(see benchmarks/scaling.py). The steps are those that `launch.train` compiles. Utilisation counts the operations of the
+model's products and attention, none that are made again, over the `--peak` of the devices. The JSON has the losses of
+the first update. With --rcm, a clone of https://github.com/NVlabs/rcm, its PyTorch networks make the same calls on the
+same device (benchmarks/official.py). With --profile the kernels of each step are listed.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import kernels, processes
+from launch import set_determinism
 from rcm_jax import media, sharding, train
 from rcm_jax.config import load
 from rcm_jax.costs import Operations, pass_operations, step_operations
@@ -60,8 +62,9 @@ def main() -> None:
         "rows": [],
     }
     for row in measure(arguments):
-        results["rows"].append(row | {"utilisation": row["tflop"] / row["seconds"] / arguments.peak})
-        results |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        peak = arguments.peak * jax.device_count()
+        results["rows"].append(row | {"utilisation": row["tflop"] / row["seconds"] / peak})
+        results |= {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "jax": jax.__version__}
         media.write_file(arguments.out, media.json_text(results, indent=1).encode())
         print(f"{row['part']}: {row['seconds'] * 1e3:.0f} ms", flush=True)
     print(table(results))
@@ -81,29 +84,36 @@ def measure_official(arguments: argparse.Namespace) -> dict[str, Any]:
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yields a row for each part that was asked for: forward passes, then whole steps."""
     config = load(CONFIG, ["data.batch_size=1", *arguments.override])
-    networks, optimizers = train.create_networks(config), train.create_optimizers(config)
+    set_determinism(config.deterministic)
+    mesh, preset, batch_size = sharding.make_mesh(**config.mesh), PRESETS[config.model.preset], config.data.batch_size
+    train.check_batch_size(config, mesh)
+    networks, optimizers = train.create_networks(config, mesh), train.create_optimizers(config)
     network = networks.student
-    mesh, preset = sharding.make_mesh(), PRESETS[config.model.preset]
     latent = (*arguments.latent, preset.in_channels)
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (1, *latent))
-    text, negative = jax.random.normal(keys[1], (2, preset.text_length, preset.text_dim))
-    teacher = jax.jit(network.init)(keys[2])
-    one, recipe = pass_operations(preset, preset.tokens(latent)), train.make_recipe(config, latent)
+    keys = jax.random.split(jax.random.key(0), 4)
+    negative = jax.random.normal(keys[0], (preset.text_length, preset.text_dim))
+    batch = {
+        "latent": jax.random.normal(keys[1], (batch_size, *latent)),
+        "text": jax.random.normal(keys[2], (batch_size, *negative.shape)),
+    }
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    place = sharding.tree_shardings(network.abstract_params(), mesh)
+    teacher = jax.jit(network.init, out_shardings=place)(keys[3])
+    one = Operations(*(batch_size * count for count in pass_operations(preset, preset.tokens(latent))))
+    recipe = train.make_recipe(config, latent)
 
     for part in PASSES:
         if part in arguments.parts:
-            run = jax.jit(one_pass(part, network.apply, text, negative))
-            operands = (teacher, x, jnp.full((1,), 500.0))
+            run = jax.jit(one_pass(part, network.apply, negative))
+            operands = (teacher, batch["latent"], jnp.full((batch_size,), 500.0), batch["text"])
             run = run.lower(*operands).compile()
             yield time_part(part, run, functools.partial(run, *operands), arguments.repeat, one, recipe)
 
-    state = train.create_initial_state(config, networks, optimizers, teacher)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, train.abstract_state(config, networks, optimizers, mesh))
-    state = jax.device_put(state, shardings)
+    create = functools.partial(train.create_initial_state, config, networks, optimizers)
+    state = jax.jit(create, out_shardings=shardings)(teacher)
     del teacher
     step_of = train.jit_steps(config, networks, optimizers, latent, negative, shardings)
-    batch = jax.device_put({"latent": x, "text": text[None]}, sharding.batch_sharding(mesh))
     # The profiler sees what XLA has recorded into a command buffer as one kernel.
     unrecorded = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else None
     for part, (phase, period) in STEPS.items():
@@ -112,24 +122,28 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             step = step.lower(state, batch, *others).compile(unrecorded if arguments.profile else None)
             others = [x for x in others if not isinstance(x, frozenset)]  # the names of losses are compiled in
 
-            def run(step=step, others=others):
+            found = []
+
+            def run(step=step, others=others, found=found):
                 nonlocal state
                 state, metrics = step(state, batch, *others)
+                found.append(metrics)
                 return metrics
 
             row = time_part(part, step, run, period * -(-arguments.repeat // period), one, recipe)
+            row["first"] = {name: float(value) for name, value in found[0].items() if name.startswith("loss")}
             yield row | ({"kernels": kernels.profile(run)} if arguments.profile else {})
 
 
-def one_pass(part: str, apply: Callable, text: jax.Array, negative: jax.Array) -> Callable:
-    """(params, x, time) -> the results of a part of PASSES."""
+def one_pass(part: str, apply: Callable, negative: jax.Array) -> Callable:
+    """(params, x, time_B, text_BSD) -> the results of a part of PASSES."""
     if part == "teacher, one pass":
-        return lambda params, x, time_B: apply(params, x, time_B, text[None])
+        return apply
     if part == "teacher, guided pair":
-        return lambda params, x, time_B: guided(apply, params, text[None], negative, 5.0)(x, time_B)
+        return lambda params, x, time_B, text_BSD: guided(apply, params, text_BSD, negative, 5.0)(x, time_B)
 
-    def value_and_tangent(params, x, time_B):
-        return jax.jvp(lambda x, t: apply(params, x, t, text[None], mode="forward"), (x, time_B), (x, time_B))
+    def value_and_tangent(params, x, time_B, text_BSD):
+        return jax.jvp(lambda x, t: apply(params, x, t, text_BSD, mode="forward"), (x, time_B), (x, time_B))
 
     return value_and_tangent
 
