@@ -71,10 +71,11 @@ def attention(
       k_BSNH: keys, of any length, otherwise like the queries.
       v_BSNH: values, shaped like the keys.
       scale: factor of the logits; 1 / sqrt(head dim) if None.
-      implementation: "auto" chooses by the default device, dtype and shape. Or one of: "mosaic_gpu" (NVIDIA Hopper;
-        bfloat16, head dim up to 128), "cudnn" (NVIDIA GPUs; bfloat16 and float16, no tangent), "mosaic_tpu" (TPUs; no
-        float64, head dim up to 256; on a mesh, inside `jax.shard_map`), "portable" (plain JAX, any device),
-        "reference" (quadratic memory, for tests). Or a back end of the caller's own.
+      implementation: "auto" chooses by the default device, dtype and shape; "deterministic" does too, from kernels
+        that give the same bits in every run. Or one of: "mosaic_gpu" (NVIDIA Hopper; bfloat16, head dim up to 128),
+        "cudnn" (NVIDIA GPUs; bfloat16 and float16, no tangent), "mosaic_tpu" (TPUs; no float64, head dim up to 256;
+        on a mesh, inside `jax.shard_map`), "portable" (plain JAX, any device), "reference" (quadratic memory, for
+        tests). Or a back end of the caller's own.
       mode: how the result may be differentiated. "reverse": `jax.grad`, `jax.vjp`; no `jax.jvp`. "forward": `jax.jvp`,
         and `jax.grad` of the primal output of `jax.jvp`; no other `jax.grad`. There the tangent is a constant: where
         it is differentiated after all, gradients are NaN.
@@ -166,6 +167,10 @@ def choose_back_end(implementation: str | BackEnd, q: Array) -> BackEnd:
             return implementation
         case "auto":
             return _best(q)
+        case "deterministic":
+            # cuDNN's gradient can be deterministic, but then takes memory with L * S: 24 GiB at 32,760 tokens.
+            fastest = _best(q)
+            return fastest if fastest is not hopper else mosaic_gpu if serves(mosaic_gpu, q) else portable
         case "mosaic_gpu":
             return _served(implementation, mosaic_gpu, q)
         case "cudnn":
@@ -177,7 +182,7 @@ def choose_back_end(implementation: str | BackEnd, q: Array) -> BackEnd:
         case "reference":
             return reference
         case _:
-            names = '"auto", "mosaic_gpu", "cudnn", "mosaic_tpu", "portable" or "reference"'
+            names = '"auto", "deterministic", "mosaic_gpu", "cudnn", "mosaic_tpu", "portable" or "reference"'
             raise ValueError(f"{implementation=} must be {names}")
 
 

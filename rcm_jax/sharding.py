@@ -122,17 +122,23 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate(held))
 
 
-def block_ops(mesh: Mesh | None, heads: int, ulysses: int = 0, *, dtype: Any) -> BlockOps:
+def block_ops(
+    mesh: Mesh | None, heads: int, ulysses: int = 0, *, dtype: Any, implementation: str = "auto"
+) -> BlockOps:
     """Blocks of so many heads over the mesh: kernels, which XLA cannot split, and what it should not choose itself.
 
     `ulysses` neighbours along the context axis exchange heads for tokens, as many as possible if it is 0; keys go round
     the others in a ring. Tokens need not divide. Matrices travel in `dtype`, which they are multiplied in. A mesh of
-    one device, or none, changes nothing.
+    one device, or none, changes nothing but the `implementation` of attention (see pallas_kernels).
 
     Raises UserError if the tensor axis does not divide the heads, or `ulysses` the context axis and a device's heads.
     """
+    choice = {"implementation": implementation}
     if mesh is None or mesh.size == 1:
-        return WHOLE
+        return BlockOps(
+            functools.partial(pallas_kernels.attention, **choice),
+            functools.partial(pallas_kernels.attention_given, **choice),
+        )
     tensor, context = mesh.shape["tensor"], mesh.shape["context"]
     if heads % tensor:
         raise UserError(f"mesh.tensor={tensor} must divide the {heads} heads of the network: lower it")
@@ -144,12 +150,13 @@ def block_ops(mesh: Mesh | None, heads: int, ulysses: int = 0, *, dtype: Any) ->
         )
 
     def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, return_lse: bool = False, **options: Any) -> Any:
-        split = functools.partial(pallas_kernels.attention, return_lse=True, **options)
-        results = _split_attention(split, mesh, ulysses, q, k, v)
+        split = functools.partial(pallas_kernels.attention, return_lse=True, **choice | options)
+        results = _split_attention(split, implementation, mesh, ulysses, q, k, v)
         return results if return_lse else results[0]
 
     def given(q: jax.Array, k: jax.Array, v: jax.Array, out: jax.Array, lse: jax.Array) -> jax.Array:
-        return _split_attention(pallas_kernels.attention_given, mesh, ulysses, q, k, v, out, lse)
+        split = functools.partial(pallas_kernels.attention_given, **choice)
+        return _split_attention(split, implementation, mesh, ulysses, q, k, v, out, lse)
 
     def place(x_BLD: jax.Array) -> jax.Array:
         spec = PartitionSpec(_batch_axes(mesh, len(x_BLD)), "context", None)
@@ -158,8 +165,10 @@ def block_ops(mesh: Mesh | None, heads: int, ulysses: int = 0, *, dtype: Any) ->
     return BlockOps(attention, given, place, functools.partial(_gather, mesh, dtype))
 
 
-def _split_attention(function: Callable[..., Any], mesh: Mesh, ulysses: int, q, k, v, *kept: jax.Array) -> Any:
-    """`function` on each device's part of the batch, tokens and heads.
+def _split_attention(
+    function: Callable[..., Any], inner: str, mesh: Mesh, ulysses: int, q, k, v, *kept: jax.Array
+) -> Any:
+    """`function` on each device's part of the batch, tokens and heads; `inner` is what a ring computes with.
 
     As many keys as queries are taken for those of the same tokens, and lie with them. Others, such as a caption's, and
     those of so few tokens that devices have none, are whole everywhere. Either is right for any keys.
@@ -170,7 +179,7 @@ def _split_attention(function: Callable[..., Any], mesh: Mesh, ulysses: int, q, 
     keys, options = PartitionSpec(batch, None, "tensor"), {}
     last = tokens - part * (context - ulysses)
     if k.shape[1] == tokens and context > 1 and last > 0:
-        ring = Ring("context", context, ulysses, last, pallas_kernels.choose_back_end("auto", q))
+        ring = Ring("context", context, ulysses, last, pallas_kernels.choose_back_end(inner, q))
         keys, options = rows, {"implementation": Ulysses("context", context, ulysses, ring) if ulysses > 1 else ring}
         k, v = _pad_tokens(k, part * context), _pad_tokens(v, part * context)
     split = jax.shard_map(

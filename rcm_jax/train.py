@@ -221,7 +221,8 @@ def create_network(config: ConfigDict, mesh: Mesh | None = None, **extras: Any) 
         raise UserError(f"model.remat={config.model.remat!r} must be one of {', '.join(get_args(Remat))}")
     extras = {"spans": needs(parse_stages(config.stages), *MEAN_FLOW)} | extras
     preset, dtype = dataclasses.replace(PRESETS[config.model.preset], **extras), jnp.dtype(config.model.dtype)
-    ops = sharding.block_ops(mesh, preset.heads, config.model.ulysses, dtype=dtype)
+    kernels = "deterministic" if config.deterministic else "auto"
+    ops = sharding.block_ops(mesh, preset.heads, config.model.ulysses, dtype=dtype, implementation=kernels)
     ops = from_host(ops) if "teacher" in host_parts(config) else ops
     return functional(lambda rngs: Wan(preset, dtype=dtype, remat=config.model.remat, ops=ops, rngs=rngs))
 

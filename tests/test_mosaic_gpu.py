@@ -4,12 +4,15 @@ Their numbers are the business of the contract in test_attention.py, which runs 
 """
 
 import functools
+import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import attention, cudnn, hopper, mosaic_gpu
+from pallas_kernels import attention, choose_back_end, cudnn, hopper, mosaic_gpu, portable
+from rcm_jax import sharding
 
 SHAPES = [
     (1, 1, 1, 1, 128),
@@ -106,6 +109,35 @@ def test_hopper_takes_the_kernel_that_measured_fastest(shape, dtype, value, grad
     )
     for kernel, text in zip((value, gradient), texts, strict=True):
         assert [name for name, count in calls(text).items() if count] == ([kernel] if kernel else [])
+
+
+@pytest.mark.parametrize("sizes", [None, {"data": 2, "fsdp": 4}, {"context": 8}, {"context": 2, "tensor": 4}], ids=str)
+def test_runs_that_are_to_be_deterministic_leave_nothing_to_cudnn(sizes):
+    """Its gradient adds in any order, or in a fixed one at the price of quadratic memory."""
+    q, *_, lse = operands(8, 32768, 32768, 4, 128)
+    mesh = sizes and sharding.make_mesh(**{"data": 1} | sizes)
+
+    def gradients(implementation):
+        ops = sharding.block_ops(mesh, 4, dtype=jnp.bfloat16, implementation=implementation)
+
+        def own(q, k, v):
+            return ops.attention(q, k, v).sum(dtype=jnp.float32)
+
+        def given(q, k, v, out, lse):
+            return ops.given(q, k, v, out, lse).sum(dtype=jnp.float32)
+
+        with mock.patch.object(sys.modules["pallas_kernels.attention"], "_architecture", return_value="hopper"):
+            return calls(lowered(jax.grad(own), q, q, q)), calls(lowered(jax.grad(given), q, q, q, q, lse))
+
+    assert all(found[CUDNN] for found in gradients("auto"))
+    for found in gradients("deterministic"):
+        assert found[KERNEL] > 0
+        assert found[CUDNN] == 0
+
+
+def test_what_our_kernels_do_not_take_is_plain_jax_in_deterministic_runs():
+    with mock.patch.object(sys.modules["pallas_kernels.attention"], "_architecture", return_value="hopper"):
+        assert choose_back_end("deterministic", jnp.zeros((1, 8, 1, 64))) is portable
 
 
 def test_the_gradient_of_lse_is_not_left_to_cudnn():
