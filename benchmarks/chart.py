@@ -13,12 +13,20 @@ COLOURS = ("#1b6ca8", "#d1495b", "#8f2d3a", "#edae49", "#3c8d53", "#7a5195", "#5
 Points = Sequence[tuple[float, float, str]]  # x and y up to 1, and what is written beside
 
 
-def draw_lines(panels: Mapping[str, Mapping[str, Points]], *, x_label: str, y_label: str, lowest: float = 0.0) -> bytes:
-    """A PNG of panels by title, each with lines by name; both axes run from `lowest` to 1.
+def draw_lines(
+    panels: Mapping[str, Mapping[str, Points]],
+    *,
+    x_label: str,
+    y_label: str,
+    lowest: float = 0.0,
+    lowest_x: float | None = None,
+) -> bytes:
+    """A PNG of panels by title, each with lines by name; both axes run from `lowest`, or x from its own, to 1.
 
     Points with a note have a dot, and so has one that is alone.
     """
-    width, height, scale = SIZE + 2 * MARGIN + LEGEND, SIZE + 2 * MARGIN, SIZE / (1 - lowest)
+    lowest_x = lowest if lowest_x is None else lowest_x
+    width, height = SIZE + 2 * MARGIN + LEGEND, SIZE + 2 * MARGIN
     image = Image.new("RGB", (COLUMNS * width, -(-len(panels) // COLUMNS) * height), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     for index, (title, lines) in enumerate(panels.items()):
@@ -29,11 +37,15 @@ def draw_lines(panels: Mapping[str, Mapping[str, Points]], *, x_label: str, y_la
         draw.text((left + SIZE / 2 - 20, top + SIZE + 22), x_label, "black", font)
         draw.text((left + 6, top + 4), y_label, "black", font)
         for tick in range(0, 11, 2):
-            at, label = SIZE * tick / 10, f"{lowest + (1 - lowest) * tick / 10:.2f}"
-            draw.text((left + at - 12, top + SIZE + 5), label, "black", font)
-            draw.text((left - 32, top + SIZE - at - 8), label, "black", font)
+            share, at = tick / 10, SIZE * tick / 10
+            draw.text((left + at - 12, top + SIZE + 5), f"{lowest_x + (1 - lowest_x) * share:.2f}", "black", font)
+            label = f"{lowest + (1 - lowest) * share:.{2 if lowest < 0.9 else 3}f}"
+            draw.text((left - 38, top + SIZE - at - 8), label, "black", font)
         for place, ((name, points), colour) in enumerate(zip(lines.items(), itertools.cycle(COLOURS), strict=False)):
-            spots = [(left + (x - lowest) * scale, top + (1 - y) * scale) for x, y, _ in points]
+            spots = [
+                (left + SIZE * (x - lowest_x) / (1 - lowest_x), top + SIZE * (1 - y) / (1 - lowest))
+                for x, y, _ in points
+            ]
             draw.line(spots, colour, 2)
             draw.text((left + SIZE + 10, top + 20 * place), name, colour, font)
             for (x, y), (*_, note) in zip(spots, points, strict=True):

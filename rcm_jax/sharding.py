@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import pallas_kernels
 from rcm_jax.config import UserError
 from rcm_jax.context_parallel import Ring, Ulysses
-from rcm_jax.models.blocks import GATHERED, WHOLE, BlockOps
+from rcm_jax.models.blocks import GATHERED, BlockOps
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
@@ -122,9 +122,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate(held))
 
 
-def block_ops(
-    mesh: Mesh | None, heads: int, ulysses: int = 0, *, dtype: Any, implementation: str = "auto"
-) -> BlockOps:
+def block_ops(mesh: Mesh | None, heads: int, ulysses: int = 0, *, dtype: Any, implementation: str = "auto") -> BlockOps:
     """Blocks of so many heads over the mesh: kernels, which XLA cannot split, and what it should not choose itself.
 
     `ulysses` neighbours along the context axis exchange heads for tokens, as many as possible if it is 0; keys go round

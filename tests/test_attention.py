@@ -555,7 +555,7 @@ class TestArguments:
 
     def test_names(self):
         q, k, v, *_ = self.arguments()
-        names = '"auto", "mosaic_gpu", "cudnn", "mosaic_tpu", "portable" or "reference"'
+        names = '"auto", "deterministic", "mosaic_gpu", "cudnn", "mosaic_tpu", "portable" or "reference"'
         with pytest.raises(ValueError, match=rf"implementation='triton' must be {names}"):
             attention(q, k, v, implementation="triton")
         with pytest.raises(ValueError, match=r'mode=\'both\' must be "reverse" or "forward"'):
