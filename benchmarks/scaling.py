@@ -75,7 +75,7 @@ def table(results: dict[str, Any]) -> str:
             gain = found["samples"] * alone[row["part"]]["seconds"] / row["seconds"] if row["part"] in alone else None
             cells = [row["part"], mesh, str(found["devices"]), str(found["samples"]), f"{row['seconds'] * 1e3:,.0f}"]
             cells += ["-" if gain is None else f"{gain:.2f}", f"{row['bytes'] / 2**30:.1f}"]
-            lines.append(f"| {' | '.join(cells)} | {next(iter(row.get('first', {}).values()), '-')} |")
+            lines.append(f"| {' | '.join([*cells, first_loss(row)])} |")
     return "\n".join(lines)
 
 
