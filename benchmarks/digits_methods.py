@@ -103,7 +103,9 @@ def draw_figure(results: dict[str, Any]) -> bytes:
             if name.startswith(f"{method},"):
                 loss_W = run["curve"]["loss_scm"]
                 shares = [(window + 0.5) / len(loss_W) for window in range(len(loss_W))]
-                lines[name] = [(share, loss, "") for share, loss in zip(shares, loss_W, strict=True) if loss]
+                lines[name] = [
+                    (share, loss, "") for share, loss in zip(shares, loss_W, strict=True) if loss is not None
+                ]
     return draw_lines(panels, x_label="share of the run", y_label="loss", lowest_x=0.0, lowest=LOWEST)
 
 

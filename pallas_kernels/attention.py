@@ -168,7 +168,7 @@ def choose_back_end(implementation: str | BackEnd, q: Array) -> BackEnd:
         case "auto":
             return _best(q)
         case "deterministic":
-            # cuDNN's gradient can be deterministic, but then takes memory with L * S: 24 GiB at 32,760 tokens.
+            # cuDNN's gradient can be deterministic, but takes 2 B N L S bytes for it (NVIDIA/cudnn-frontend, #398).
             fastest = _best(q)
             return fastest if fastest is not hopper else mosaic_gpu if serves(mosaic_gpu, q) else portable
         case "mosaic_gpu":
