@@ -435,6 +435,9 @@ def torch_classes(monkeypatch):
         made.__module__ = module
         setattr(sys.modules[module], name, made)
         classes[name] = made
+    metadata = sys.modules[f"{package}.metadata"]
+    encoding = type("_MEM_FORMAT_ENCODING", (), {"__module__": metadata.__name__, "TORCH_CONTIGUOUS_FORMAT": 0})
+    metadata._MEM_FORMAT_ENCODING = classes["encoding"] = encoding
     size = type("Size", (tuple,), {"__module__": "torch", "__reduce__": lambda self: (size, (tuple(self),))})
     dtype = type("float32", (), {"__module__": "torch"})
     sys.modules["torch"].Size, sys.modules["torch"].float32 = size, dtype
@@ -445,7 +448,9 @@ WHOLE = np.arange(24, dtype=np.float32).reshape(4, 6)
 BOXES = [((0, 0), (4, 4)), ((0, 4), (1, 2)), ((1, 4), (3, 2))]
 
 
-def write_dcp(folder: Path, torch_classes, boxes=BOXES, *, file="__0_0.distcp", size=(4, 6), grow=0, extra=None):
+def write_dcp(
+    folder: Path, torch_classes, boxes=BOXES, *, file="__0_0.distcp", size=(4, 6), grow=0, extra=None, protocol=4
+):
     """A distributed checkpoint of one tensor in parts, as torch writes it."""
     t = torch_classes
     folder.mkdir()
@@ -465,7 +470,7 @@ def write_dcp(folder: Path, torch_classes, boxes=BOXES, *, file="__0_0.distcp", 
     (folder / "__0_0.distcp").write_bytes(data)
     entry = t.TensorStorageMetadata(t.TensorProperties(t.float32), t.Size(size), chunks)
     metadata = t.Metadata({"net.w": entry} | (extra or {}), None, storage)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata, 4))
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata, protocol))
     return folder
 
 
@@ -473,6 +478,18 @@ def test_a_tensor_is_put_together_from_its_parts(tmp_path, torch_classes):
     found = torch_distributed.read_folder(write_dcp(tmp_path / "x.dcp", torch_classes))
     np.testing.assert_array_equal(found["net.w"].read(), WHOLE)
     assert isinstance(found["net.w"], LazyTensor)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_member_of_an_enum_may_be_named_by_getattr_and_nothing_else(protocol, tmp_path, torch_classes):
+    """So do Python 3.11.0 to 3.11.3."""
+    member = {"x": Call(getattr, torch_classes.encoding, "TORCH_CONTIGUOUS_FORMAT")}
+    found = torch_distributed.read_folder(write_dcp(tmp_path / "x.dcp", torch_classes, extra=member, protocol=protocol))
+    np.testing.assert_array_equal(found["net.w"].read(), WHOLE)
+    for owner in ("text", torch_classes.float32, torch_classes.Metadata):
+        folder = write_dcp(tmp_path / str(owner), torch_classes, extra={"x": Call(getattr, owner, "__doc__")})
+        with pytest.raises(UserError, match="damaged pickle"):
+            open_source(folder)
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,21 @@ DTYPES = {
 }
 
 _PACKAGE = "torch.distributed.checkpoint"
+_ENUM = f"{_PACKAGE}.metadata _MEM_FORMAT_ENCODING"
+
+
+def _member(owner: str, name: str) -> Record:
+    """Stands for `getattr`, by which Python 3.11.0 to 3.11.3 pickle a member of an enum, and for that alone."""
+    if owner != _ENUM:
+        raise TypeError(owner)
+    return Record(name)
+
+
 _CLASSES = ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata")
 _STAND_INS = {
     **{f"{_PACKAGE}.metadata {name}": Record for name in (*_CLASSES, "MetadataIndex", "StorageMeta")},
-    **{f"{_PACKAGE}.metadata _MEM_FORMAT_ENCODING": Record, f"{_PACKAGE}.filesystem _StorageInfo": Record},
+    **{_ENUM: Record, "builtins getattr": _member, "__builtin__ getattr": _member},
+    f"{_PACKAGE}.filesystem _StorageInfo": Record,
     **{f"torch {name}": Record for name in DTYPES},
     "torch Size": lambda sizes=(): tuple(sizes),
     "torch.serialization _get_layout": Record,
