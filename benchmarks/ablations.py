@@ -36,7 +36,7 @@ from benchmarks.arena import (
     run_arm,
     train_start,
 )
-from benchmarks.chart import draw_lines
+from benchmarks.chart import Points, curve_points, draw_lines
 from launch import keep_compilations
 from rcm_jax.media import json_text, write_file
 from rcm_jax.state import Params
@@ -204,13 +204,10 @@ def draw_figure(results: Mapping[str, Any]) -> bytes:
     return draw_lines(panels, x_label="training", y_label="loss")
 
 
-def curve_of(results: Mapping[str, Any], name: str, metric: str, scale: float) -> list[tuple[float, float, str]]:
+def curve_of(results: Mapping[str, Any], name: str, metric: str, scale: float) -> Points:
     """A line of the chart: a metric of an arm, divided by `scale`, where any seed has it."""
     curve_RW = np.array([run["curve"][metric] for run in runs_of(results, name)], float)
-    share_W = (np.arange(curve_RW.shape[1]) + 0.5) / curve_RW.shape[1]
-    has_W = ~np.isnan(curve_RW).all(axis=0)
-    mean_W = np.nanmean(curve_RW[:, has_W], axis=0) / scale
-    return [(share, mean, "") for share, mean in zip(share_W[has_W].tolist(), mean_W.tolist(), strict=True)]
+    return curve_points([None if np.isnan(x_R).all() else float(np.nanmean(x_R)) / scale for x_R in curve_RW.T])
 
 
 if __name__ == "__main__":

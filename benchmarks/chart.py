@@ -13,6 +13,12 @@ COLOURS = ("#1b6ca8", "#d1495b", "#8f2d3a", "#edae49", "#3c8d53", "#7a5195", "#5
 Points = Sequence[tuple[float, float, str]]  # x and y up to 1, and what is written beside
 
 
+def curve_points(values_W: Sequence[float | None]) -> Points:
+    """The points of a curve over windows of equal length, each at the middle of its own; None is left out."""
+    count = len(values_W)
+    return [((window + 0.5) / count, value, "") for window, value in enumerate(values_W) if value is not None]
+
+
 def draw_lines(
     panels: Mapping[str, Mapping[str, Points]],
     *,

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from benchmarks.arena import Curve, thin
-from benchmarks.chart import draw_lines
+from benchmarks.chart import Points, curve_points, draw_lines
 from launch import keep_compilations
 from rcm_jax import evaluation, media
 from rcm_jax.config import load
@@ -96,16 +96,12 @@ def read_curve(path: Path) -> Curve:
 
 def draw_figure(results: dict[str, Any]) -> bytes:
     """sCM's loss against the share of a run that is over, a line a seed."""
-    panels: dict[str, dict[str, list[tuple[float, float, str]]]] = {}
+    panels: dict[str, dict[str, Points]] = {}
     for method in ("sCM alone", "rCM"):
         lines = panels.setdefault(f"sCM's loss, {method}", {})
         for name, run in results["runs"].items():
             if name.startswith(f"{method},"):
-                loss_W = run["curve"]["loss_scm"]
-                shares = [(window + 0.5) / len(loss_W) for window in range(len(loss_W))]
-                lines[name] = [
-                    (share, loss, "") for share, loss in zip(shares, loss_W, strict=True) if loss is not None
-                ]
+                lines[name] = curve_points(run["curve"]["loss_scm"])
     return draw_lines(panels, x_label="share of the run", y_label="loss", lowest_x=0.0, lowest=LOWEST)
 
 

@@ -19,9 +19,7 @@ from typing import Any
 
 import jax
 
-from rcm_jax import media
-
-AXES = ("data", "fsdp", "context", "tensor")
+from rcm_jax import media, sharding
 
 
 def main() -> None:
@@ -29,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON of all measurements")
     parser.add_argument("--devices", type=int, default=2, metavar="N", help="of the larger meshes (default: 2)")
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, help="which (default: all)")
+    parser.add_argument("--axes", nargs="+", choices=sharding.AXES, default=sharding.AXES, help="which (default: all)")
     parser.add_argument("--parts", nargs="+", default=["sCM step"], metavar="PART", help="see benchmarks.step")
     parser.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="values of the recipe to change")
     arguments, words = parser.parse_known_args()
@@ -49,7 +47,7 @@ def main() -> None:
 
 def measure(axis: str | None, devices: int, arguments: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     """What benchmarks.step finds with `devices` along an axis: its rows, with the samples of an update."""
-    samples = devices if axis in ("data", "fsdp") else 1
+    samples = devices if axis in sharding.BATCH else 1
     mesh = {"data": 1} | ({axis: devices} if axis else {})
     overrides = [f"data.batch_size={samples}", *(f"mesh.{name}={size}" for name, size in mesh.items())]
     visible = ",".join(os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")[:devices])

@@ -165,12 +165,8 @@ def choose_back_end(implementation: str | BackEnd, q: Array) -> BackEnd:
     match implementation:
         case BackEnd():
             return implementation
-        case "auto":
-            return _best(q)
-        case "deterministic":
-            # cuDNN's gradient can be deterministic, but takes 2 B N L S bytes for it (NVIDIA/cudnn-frontend, #398).
-            fastest = _best(q)
-            return fastest if fastest is not hopper else mosaic_gpu if serves(mosaic_gpu, q) else portable
+        case "auto" | "deterministic":
+            return _best(q, deterministic=implementation == "deterministic")
         case "mosaic_gpu":
             return _served(implementation, mosaic_gpu, q)
         case "cudnn":
@@ -186,10 +182,13 @@ def choose_back_end(implementation: str | BackEnd, q: Array) -> BackEnd:
             raise ValueError(f"{implementation=} must be {names}")
 
 
-def _best(q: Array) -> BackEnd:
+def _best(q: Array, *, deterministic: bool) -> BackEnd:
     match _architecture():
-        case "hopper":
+        case "hopper" if not deterministic:
             return hopper
+        # Nothing of cuDNN: its gradient can be deterministic, but takes 2 B N L S bytes (NVIDIA/cudnn-frontend, #398).
+        case "hopper" if serves(mosaic_gpu, q):
+            return mosaic_gpu
         case "tpu" if serves(mosaic_tpu, q):
             return mosaic_tpu
         case _:

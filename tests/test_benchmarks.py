@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scaling, step
+from rcm_jax.costs import pass_operations
+from rcm_jax.methods import Recipe
+from rcm_jax.models.wan import PRESETS
 
 SMALL = ["model.preset=digits", "model.dtype=float32", "model.remat=block", "mesh.data=4", "mesh.fsdp=2"]
 
@@ -21,6 +24,9 @@ def test_a_step_is_measured_with_the_mesh_and_the_batch_of_its_recipe(
     (row,) = results["rows"]
     assert (row["part"], results["devices"]) == ("sCM step", 8)
     assert 0 < row["first"]["loss_scm"] < 1
+    preset = PRESETS["digits"]
+    one = pass_operations(preset, preset.tokens((2, 4, 4, 1)))
+    assert row["tflop"] == pytest.approx(8 * step.tflop_of("sCM step", one, Recipe()))
     assert "| sCM step |" in capsys.readouterr().out
 
 
