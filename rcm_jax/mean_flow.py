@@ -63,7 +63,7 @@ def mixed_velocity(
 def draw_interval(
     key: Key[Array, ""], mean: float, std: float, share: float, rf_range: Range = WHOLE_RANGE
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """One sample's RF time s and span: s is the later of two draws of p_G; in a `share` of samples the span is not 0."""
+    """A sample's RF time s and span; s is the later of two draws of p_G; the span is not 0 in a `share` of samples."""
     times, choice = jax.random.split(key)
     pair = rf_from_trig(draw_lognormal(times, (2,), mean, std, rf_range))
     s, r = pair.max(), pair.min()
