@@ -9,15 +9,17 @@ from typing import Any
 
 import jax
 
-# The names of kernels: ours and cuDNN's attention, then cuBLAS' and Triton's matrix products. Anything else is neither.
+# The names of kernels: what moves data between devices, ours and cuDNN's attention, then cuBLAS' and Triton's matrix
+# products. Anything else is none of these.
 KINDS = {
+    "exchange": r"nccl|MemcpyP2P|MemcpyPeer",
     "attention": r"mosaic|sdpa|flash|attention",
     "products": r"gemm|nvjet|xmma|cutlass|matmul|dot",
 }
 
 
 def profile(run: Callable[[], Any]) -> list[dict[str, Any]]:
-    """The kernels of `run()`, the longest first: name, kind, seconds, calls.
+    """The kernels of `run()`, the longest first: name, kind, seconds, calls, of all devices together.
 
     XLA must not have recorded them into command buffers, which the profiler sees as one kernel each.
     """
@@ -37,7 +39,7 @@ def profile(run: Callable[[], Any]) -> list[dict[str, Any]]:
 
 
 def kind_of(kernel: str) -> str:
-    """ "attention", "products" or "other"."""
+    """One of KINDS, or "other"."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE)), "other")
 
 

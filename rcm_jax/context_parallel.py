@@ -82,8 +82,15 @@ class Ulysses:
         return tuple(self._all_to_all(x, *_axes(x)) for x in function(*whole, scale=scale))
 
     def _all_to_all(self, x: jax.Array, cut: int, join: int) -> jax.Array:
+        """Each device's part along `cut` of the arrays of its group, side by side along `join`.
+
+        Parts lie one behind the other as they are sent and as they arrive: with one sample nothing is left to move.
+        """
         groups = [list(range(first, first + self.group)) for first in range(0, self.size, self.group)]
-        return lax.all_to_all(x, self.axis, cut, join, axis_index_groups=groups, tiled=True)
+        parts = jnp.moveaxis(x.reshape(*x.shape[:cut], self.group, -1, *x.shape[cut + 1 :]), cut, 0)
+        parts = lax.all_to_all(parts, self.axis, 0, 0, axis_index_groups=groups, tiled=True)
+        side_by_side = jnp.moveaxis(parts, 0, join)
+        return side_by_side.reshape(*side_by_side.shape[:join], -1, *side_by_side.shape[join + 2 :])
 
 
 @dataclasses.dataclass(frozen=True)

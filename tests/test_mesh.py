@@ -143,6 +143,36 @@ COSMOS = CosmosConfig(
 )
 
 
+@pytest.mark.parametrize(
+    ("tokens", "context", "part"),
+    [(32760, 2, 16384), (32760, 8, 4096), (32, 4, 8), (30, 2, 16), (30, 8, 4), (9, 4, 3), (1, 4, 1)],
+)
+def test_a_device_has_a_multiple_of_eight_tokens_if_that_leaves_some_to_the_last(tokens, context, part):
+    assert sharding.part_length(tokens, context, ulysses=context) == part
+    in_ring = part if tokens % context else tokens // context  # where equal parts stay equal
+    assert sharding.part_length(tokens, context, ulysses=1) == in_ring
+
+
+@pytest.mark.parametrize("name", ["ulysses", "ring", "both and tensor"])
+def test_tokens_are_filled_up_once_for_all_blocks(name):
+    sizes, ulysses = MESHES[name]
+    network = build(sharding.make_mesh(**sizes, devices=devices(name)), ulysses)
+    arguments = network.abstract_params(), BATCHES["latent"], jnp.zeros(BATCH), BATCHES["text"]
+
+    def count(jaxpr, in_blocks=False):
+        """Operations that put zeros behind something, outside and inside of loops."""
+        found = np.array([0, 0])
+        for eqn in jaxpr.eqns:
+            found[int(in_blocks)] += eqn.primitive.name == "pad"
+            for inner in jax.tree.leaves(list(eqn.params.values())):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    found += count(inner, in_blocks or eqn.primitive.name == "scan")
+        return found
+
+    assert count(jax.make_jaxpr(network.apply)(*arguments).jaxpr).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize(("config", "times"), [(CONFIG, 5), (COSMOS, 30)], ids=["Wan, by frame", "Cosmos, by token"])
 def test_every_token_keeps_its_own_time_and_place(config, times):
     """On tokens that do not divide over the devices."""

@@ -97,8 +97,8 @@ def value_and_tangent(case, params, *, mode):
 def plain_blocks(block, params, x, time, text, *, mode, remat, ops):
     """blocks.run_blocks without its scan and derivative rules: a loop, and attention as its formula reads."""
     del mode, remat, ops
-    attend = lambda q, k, v: reference.forward(q, k, v, scale=q.shape[-1] ** -0.5)[0]  # noqa: E731
-    inside = blocks.Inside(attend, keep=lambda y: y)
+    attend = lambda q, k, v, keys: reference.forward(q, k, v, scale=q.shape[-1] ** -0.5)[0]  # noqa: E731
+    inside = blocks.Inside(attend, keep=lambda y: y, tokens=x.shape[1])
     for layer in range(len(jax.tree.leaves(params)[0])):
         x = block(jax.tree.map(lambda leaf: leaf[layer], params), x, time, text, inside)  # noqa: B023
     return x

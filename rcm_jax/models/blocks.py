@@ -40,25 +40,39 @@ class Inside(NamedTuple):
     """What a block calls where a backward pass may keep results.
 
     Attributes:
-        attend: (q, k, v) -> attention's output.
+        attend: (q, k, v, keys=None) -> attention's output; to the first `keys` of k alone, if that is given.
         keep: passes on the output of a matrix product.
+        tokens: how many of x are real; zeros behind them may fill up the devices' parts.
     """
 
-    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    attend: Callable[..., jax.Array]
     keep: Callable[[jax.Array], jax.Array]
+    tokens: int
+
+
+def of_first_keys(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function of (q, k, v, ...), with an option `keys`: how many of k and v count, from the first on."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *kept: jax.Array, keys: int | None = None, **options: Any):
+        return attention(q, k[:, :keys], v[:, :keys], *kept, **options)
+
+    return attend
 
 
 class BlockOps(NamedTuple):
     """What a mesh changes about blocks; by default nothing.
 
     Attributes:
-        attention, given: `attention` and `attention_given` of pallas_kernels, or the same on parts of their arguments.
+        attention, given: `attention` and `attention_given` of pallas_kernels, or the same on parts of their arguments;
+            both take `keys`, as Inside.attend does.
+        fill: (x_BLD) -> x_BLD with zeros behind its tokens, up to a number of them that suits the devices.
         place: (x_BLD) -> x_BLD, which says where activations lie before, between and after blocks.
         gather: (params) -> params, which brings the parameters of one block together where they are computed with.
     """
 
-    attention: Callable[..., Any] = pallas_kernels.attention
-    given: Callable[..., jax.Array] = pallas_kernels.attention_given
+    attention: Callable[..., Any] = of_first_keys(pallas_kernels.attention)
+    given: Callable[..., jax.Array] = of_first_keys(pallas_kernels.attention_given)
+    fill: Callable[[jax.Array], jax.Array] = lambda x_BLD: x_BLD
     place: Callable[[jax.Array], jax.Array] = lambda x_BLD: x_BLD
     gather: Callable[[Any], Any] = lambda params: params
 
@@ -104,22 +118,26 @@ def run_blocks(
 ) -> jax.Array:
     """Applies the blocks whose parameters are stacked along the leading axis of every leaf of `params`.
 
+    In between, x has the tokens that `ops.fill` gives it.
+
     Raises ValueError for an unknown mode or remat policy, TypeError for a derivative `mode` does not serve.
     """
     if remat not in get_args(Remat):
         raise ValueError(f"{remat=} must be one of {', '.join(get_args(Remat))}")
+    tokens = x_BLD.shape[1]
+    x_BLD = ops.fill(x_BLD)
     if mode == "forward":
-        return _forward_mode(block, remat, ops)(params, x_BLD, modulation, text_BSD)
+        return _forward_mode(block, tokens, remat, ops)(params, x_BLD, modulation, text_BSD)[:, :tokens]
     if mode == "reverse":
         x_BLD, modulation, text_BSD = (reverse_only(a, ERROR_JVP) for a in (x_BLD, modulation, text_BSD))
-        return _scan_blocks(block, params, x_BLD, modulation, text_BSD, remat, ops)
+        return _scan_blocks(block, params, x_BLD, modulation, text_BSD, tokens, remat, ops)[:, :tokens]
     raise ValueError(
         f"{mode=} must be 'reverse' (values and gradients) or 'forward' (jax.jvp and gradients through it)"
     )
 
 
-def _scan_blocks(block, params, x, modulation, text, remat, ops):
-    inside = Inside(ops.attention, lambda y: checkpoint_name(_whole_gradient(y), LINEAR))
+def _scan_blocks(block, params, x, modulation, text, tokens, remat, ops):
+    inside = Inside(ops.attention, lambda y: checkpoint_name(_whole_gradient(y), LINEAR), tokens)
 
     def step(x, layer_params):
         x = checkpoint_name(x, INPUT)
@@ -144,10 +162,10 @@ def _policy(remat):
     }[remat]
 
 
-def _forward_mode(block, remat, ops):
+def _forward_mode(block, tokens, remat, ops):
     @jax.custom_jvp
     def stack(params, x, modulation, text):
-        return _scan_blocks(block, params, x, modulation, text, "none", ops)
+        return _scan_blocks(block, params, x, modulation, text, tokens, "none", ops)
 
     def stack_jvp(primals, tangents):
         params, x, modulation, text = primals
@@ -169,7 +187,7 @@ def _forward_mode(block, remat, ops):
     def stack_with_tangent_fwd(params, x, x_t, modulation, modulation_t, text):
         def step(carry, layer_params):
             x, x_t = carry
-            f = _recording(block, ops.gather(layer_params), text, remat, ops)
+            f = _recording(block, ops.gather(layer_params), text, tokens, remat, ops)
             y, y_t, kept = jax.jvp(f, (x, modulation), (x_t, modulation_t), has_aux=True)
             return (y, y_t), _to_memory(remat, jax.memory.Space.Host, (x, kept))
 
@@ -184,7 +202,7 @@ def _forward_mode(block, remat, ops):
             x_bar, modulation_bar, text_bar = carry
             layer_params, kept = layer
             x, results = _to_memory(remat, jax.memory.Space.Device, kept)
-            _, pull_back = jax.vjp(_replaying(block, results, remat, ops), layer_params, x, modulation, text)
+            _, pull_back = jax.vjp(_replaying(block, results, tokens, remat, ops), layer_params, x, modulation, text)
             params_bar, x_bar, modulation_more, text_more = pull_back(x_bar)
             return (x_bar, modulation_bar + modulation_more, text_bar + text_more), params_bar
 
@@ -208,14 +226,14 @@ class Kept(NamedTuple):
     linear: tuple[jax.Array, ...]
 
 
-def _recording(block, params, text, remat, ops):
+def _recording(block, params, text, tokens, remat, ops):
     """(x, modulation) -> (block's output, what `remat` keeps)."""
 
     def f(x, modulation):
         attention, linear = [], []
 
-        def attend(q, k, v):
-            out, lse = ops.attention(q, k, v, mode="forward", return_lse=True)
+        def attend(q, k, v, keys=None):
+            out, lse = ops.attention(q, k, v, keys=keys, mode="forward", return_lse=True)
             attention.append((out, lse))
             return out
 
@@ -223,7 +241,7 @@ def _recording(block, params, text, remat, ops):
             linear.append(y)
             return y
 
-        y = ops.place(block(params, x, modulation, text, Inside(attend, keep)))
+        y = ops.place(block(params, x, modulation, text, Inside(attend, keep, tokens)))
         return y, Kept(
             () if remat == "block" else tuple(attention), tuple(linear) if remat in ("none", "linear") else ()
         )
@@ -231,20 +249,21 @@ def _recording(block, params, text, remat, ops):
     return f
 
 
-def _replaying(block, kept, remat, ops):
+def _replaying(block, kept, tokens, remat, ops):
     """The block with what was kept given, in the order it was recorded, and the rest computed again."""
 
     def f(params, x, modulation, text):
         attention, linear = map(iter, kept)
 
-        def attend(q, k, v):
-            return ops.attention(q, k, v) if remat == "block" else ops.given(q, k, v, *next(attention))
+        def attend(q, k, v, keys=None):
+            kept = () if remat == "block" else next(attention)
+            return (ops.given if kept else ops.attention)(q, k, v, *kept, keys=keys)
 
         def keep(y):
             y = _whole_gradient(y)
             return _given(y, next(linear)) if remat in ("none", "linear") else y
 
-        return ops.place(block(ops.gather(params), x, modulation, text, Inside(attend, keep)))
+        return ops.place(block(ops.gather(params), x, modulation, text, Inside(attend, keep, tokens)))
 
     return f
 

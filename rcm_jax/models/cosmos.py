@@ -155,7 +155,7 @@ class Cosmos(nnx.Module):
 
         def block(params: Any, x: jax.Array, time_BKM: jax.Array, text: jax.Array, inside: Inside) -> jax.Array:
             # The table is made here, not closed over: a custom derivative rule must not hold another trace's arrays.
-            rotary = rotary_table(grid, self.config.head_dim, self.config.rotary_bases)
+            rotary = rotary_table(grid, self.config.head_dim, self.config.rotary_bases, length=x.shape[1])
             return nnx.merge(graph, params)(x, time_BKM, text, rotary, inside)
 
         text_BSD = text_BSD.astype(self.dtype)
@@ -191,16 +191,18 @@ class Block(nnx.Module):
     def __call__(
         self, x_BLD: jax.Array, time_BKM: jax.Array, text_BSD: jax.Array, rotary: Rotary, inside: Inside
     ) -> jax.Array:
-        y, gate = self.modulate(self.modulation_self_attn, x_BLD, time_BKM)
+        y, gate = self.modulate(self.modulation_self_attn, x_BLD, time_BKM, inside.tokens)
         x_BLD = (x_BLD + gate * self.self_attn(y, y, inside, rotary)).astype(self.dtype)
-        y, gate = self.modulate(self.modulation_cross_attn, x_BLD, time_BKM)
+        y, gate = self.modulate(self.modulation_cross_attn, x_BLD, time_BKM, inside.tokens)
         x_BLD = (x_BLD + gate * self.cross_attn(y, text_BSD, inside)).astype(self.dtype)
-        y, gate = self.modulate(self.modulation_ffn, x_BLD, time_BKM)
+        y, gate = self.modulate(self.modulation_ffn, x_BLD, time_BKM, inside.tokens)
         return (x_BLD + gate * self.ffn(y, inside.keep)).astype(self.dtype)
 
-    def modulate(self, modulation: "Modulation", x_BLD: jax.Array, time_BKM: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def modulate(
+        self, modulation: "Modulation", x_BLD: jax.Array, time_BKM: jax.Array, tokens: int
+    ) -> tuple[jax.Array, jax.Array]:
         """The normalised, scaled and shifted input of a layer, and the gate of its output."""
-        shift, scale, gate = modulation(time_BKM, x_BLD.shape[1])
+        shift, scale, gate = modulation(time_BKM, tokens, x_BLD.shape[1])
         return (self.norm(x_BLD) * (1 + scale) + shift).astype(self.dtype), gate
 
 
@@ -212,10 +214,10 @@ class Modulation(nnx.Module):
         self.up = linear(lora_dim, rows * dim, jnp.float32, rngs, use_bias=False)
         self.dim, self.rows = dim, rows
 
-    def __call__(self, time_BKM: jax.Array, tokens: int) -> list[jax.Array]:
+    def __call__(self, time_BKM: jax.Array, tokens: int, length: int = 0) -> list[jax.Array]:
         own, shared = self.up(self.down(time_BKM[..., : self.dim])), time_BKM[..., self.dim :]
         rows_BKD = jnp.split(own + shared[..., : own.shape[-1]], self.rows, axis=-1)
-        return [spread(row, tokens) for row in rows_BKD]
+        return [spread(row, tokens, length) for row in rows_BKD]
 
 
 class Attention(nnx.Module):
@@ -234,9 +236,10 @@ class Attention(nnx.Module):
         projected = map(inside.keep, (self.q(x_BLD), self.k(source_BSD), self.v(source_BSD)))
         q, k, v = (rearrange(a, "b l (n h) -> b l n h", n=self.heads) for a in projected)
         q, k = self.norm_q(q), self.norm_k(k)
+        keys = None
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        out = inside.attend(q.astype(self.dtype), k.astype(self.dtype), v)
+            q, k, keys = rotate(q, rotary), rotate(k, rotary), inside.tokens
+        out = inside.attend(q.astype(self.dtype), k.astype(self.dtype), v, keys=keys)
         return inside.keep(self.o(rearrange(out, "b l n h -> b l (n h)")))
 
 

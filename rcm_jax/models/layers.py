@@ -126,14 +126,20 @@ def time_rows(time: Float[Array, "b"] | Float[Array, "b k"], tokens: int) -> Flo
     return time_BK
 
 
-def spread(rows_BKX: Float[Array, "b k ..."], tokens: int) -> Float[Array, "b l ..."]:
-    """Repeats each of K rows for its tokens; one row is left to broadcast.
+def spread(rows_BKX: Float[Array, "b k ..."], tokens: int, length: int = 0) -> Float[Array, "b l ..."]:
+    """Repeats each of K rows for its tokens, zeros behind them up to `length`; one row is left to broadcast.
 
     XLA repeats within the arithmetic that follows, not in memory, if that is all which is done with the result: take
     rows apart before they are spread, not after.
     """
     rows = rows_BKX.shape[1]
-    return rows_BKX if rows == 1 else jnp.repeat(rows_BKX, tokens // rows, axis=1)
+    return rows_BKX if rows == 1 else fill(jnp.repeat(rows_BKX, tokens // rows, axis=1), 1, length)
+
+
+def fill(x: jax.Array, axis: int, length: int) -> jax.Array:
+    """Zeros behind x along an axis, up to a length; x as it is if it has that or more."""
+    missing = length - x.shape[axis]
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing > 0 else x
 
 
 def sinusoids(time_BK: Float[Array, "b k"], dim: int) -> Float[Array, "b k d"]:
@@ -159,14 +165,17 @@ def rotary_widths(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * space, space, space
 
 
-def rotary_table(grid: Grid, head_dim: int, bases: tuple[float, float, float] = (10000.0, 10000.0, 10000.0)) -> Rotary:
-    """cos and sin, each (L, head_dim / 2) float32, of the 3-D rotary embedding.
+def rotary_table(
+    grid: Grid, head_dim: int, bases: tuple[float, float, float] = (10000.0, 10000.0, 10000.0), *, length: int = 0
+) -> Rotary:
+    """cos and sin, each (L, head_dim / 2) float32, of the 3-D rotary embedding; at least `length` rows.
 
     An axis that has `width` channels and the base b turns its k-th pair by position x b^(-2 k / width).
     """
-    positions = jnp.meshgrid(*map(jnp.arange, grid), indexing="ij")
+    token, (_, rows, columns) = jnp.arange(max(math.prod(grid), length)), grid
+    positions = token // (rows * columns), token // columns % rows, token % columns
     angles = [
-        position.reshape(-1, 1) * (base ** (-jnp.arange(0, width, 2) / width))[None]
+        position[:, None] * (base ** (-jnp.arange(0, width, 2) / width))[None]
         for position, width, base in zip(positions, rotary_widths(head_dim), bases, strict=True)
     ]
     angles = jnp.concatenate(angles, axis=-1)

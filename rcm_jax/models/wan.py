@@ -184,7 +184,7 @@ class Wan(nnx.Module):
 
         def block(params: Any, x: jax.Array, modulation: jax.Array, context: jax.Array, inside: Inside) -> jax.Array:
             # The table is made here, not closed over: a custom derivative rule must not hold another trace's arrays.
-            rotary = rotary_table(grid, self.config.head_dim)
+            rotary = rotary_table(grid, self.config.head_dim, length=x.shape[1])
             return nnx.merge(graph, params)(x, modulation, context, rotary, inside)
 
         def run(params: Any, x_BLD: jax.Array) -> jax.Array:
@@ -237,7 +237,8 @@ class Block(nnx.Module):
         self, x_BLD: jax.Array, modulation_BK6D: jax.Array, context_BSD: jax.Array, rotary: Rotary, inside: Inside
     ) -> jax.Array:
         rows_BKD = jnp.unstack(self.modulation[...][None, None] + modulation_BK6D, axis=2)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (spread(row, x_BLD.shape[1]) for row in rows_BKD)
+        sizes = inside.tokens, x_BLD.shape[1]
+        shift1, scale1, gate1, shift2, scale2, gate2 = (spread(row, *sizes) for row in rows_BKD)
         y = (self.norm1(x_BLD) * (1 + scale1) + shift1).astype(self.dtype)
         y = self.self_attn(y, y, inside, rotary)
         x_BLD = (x_BLD + y * gate1).astype(self.dtype)
@@ -266,9 +267,10 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Attention of each head, the heads side by side again."""
         q, k, v = (rearrange(a, "b l (n h) -> b l n h", n=self.heads) for a in (q_BLD, k_BSD, v_BSD))
+        keys = None
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        out = inside.attend(q.astype(self.dtype), k.astype(self.dtype), v)
+            q, k, keys = rotate(q, rotary), rotate(k, rotary), inside.tokens
+        out = inside.attend(q.astype(self.dtype), k.astype(self.dtype), v, keys=keys)
         return rearrange(out, "b l n h -> b l (n h)")
 
 
