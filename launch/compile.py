@@ -1,10 +1,12 @@
-"""Compiles a recipe's training steps for a slice of TPUs, which need not be there, and says whether they fit.
+"""Compiles a recipe's training steps for TPUs or GPUs, which need not be there, and says whether they fit.
 
     python -m launch.compile --config=configs/wan2_1_t2v_14b.py --topology=v5p:4x4x4 --config.mesh.fsdp=64
+    python -m launch.compile --config=configs/wan2_1_t2v_1_3b.py --topology=h200:8x8 --config.mesh.fsdp=8
 
-Neither weights nor data are read. Without --topology it compiles for the GPUs or TPUs of this machine. Printed are the
-memory of a device, the operations it carries out, the bytes it receives from others, and the least time that a step can
-take: that of the busiest of its units at its peak rate, as if the others' work hid behind it.
+A topology is a TPU and the shape of its slice, or a GPU, hosts and GPUs of a host. Neither weights nor data are read.
+Without --topology it compiles for the GPUs or TPUs of this machine. Printed are the memory of a device, the operations
+it carries out, the bytes it receives from others, and the least time that a step can take: that of the busiest of its
+units at its peak rate, as if the others' work hid behind it. Between hosts of GPUs bytes count at the rate within one.
 
 Exit codes: 0 every step fits; 1 one does not; 2 a mistake to mend.
 """
@@ -22,17 +24,19 @@ LATENT = (21, 60, 104)  # of 81 frames of 480 x 832 pixels
 def main() -> None:
     """Reads the command line, compiles, reports."""
     command = Command(__doc__)
-    command.add_argument("--topology", metavar="CHIP:SHAPE", help="v5e:8x8, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, ...")
+    command.add_argument("--topology", metavar="CHIP:SHAPE", help="v5p:4x4x4, h200:8x8, ...")
     command.add_argument("--latent", type=int, nargs=3, default=LATENT, metavar=("T", "H", "W"), help="size of a video")
     command.add_argument("--out", type=Path, metavar="FILE", help="also writes the numbers as JSON")
     arguments, config = command.parse()
     with command.reports_user_errors():
         if arguments.topology:  # libtpu need not ask the cloud for TPUs, nor lock them
-            os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+            os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         import jax  # only now: a mistake on the command line need not wait for it
 
         from rcm_jax import chips, media, plan
 
+        if arguments.topology:  # nor does CUDA's plugin look for GPUs and the rest of CUDA
+            jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)  # JAX cannot load programs of devices it does not see
         devices = chips.topology_devices(arguments.topology) if arguments.topology else jax.devices()
         where = arguments.topology or devices[0].device_kind
@@ -44,6 +48,8 @@ def main() -> None:
         fits = all(row["fits"] for row in rows)
         if fits:
             print(run_text(rows, len(devices)))
+        for note in plan.gpu_notes(rows, devices):
+            print(note)
         if arguments.out:
             numbers = {"config": arguments.config, "topology": where, "devices": len(devices), "jax": jax.__version__}
             numbers |= {"mesh": config.mesh.to_dict(), "latent": arguments.latent, "steps": rows}

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rcm_jax import sharding, train
-from rcm_jax.chips import Chip, chip_of
-from rcm_jax.config import parse_stages
+from rcm_jax.chips import GPU_SHARE, JAX_GPU_SHARE, Chip, chip_of
+from rcm_jax.config import UserError, parse_stages
 from rcm_jax.costs import pass_operations, received_bytes, step_operations
 from rcm_jax.models.wan import PRESETS
 from rcm_jax.schedule import Phase, phase_at, total_iterations
@@ -58,6 +58,7 @@ def compile_steps(
     """
     chip, mesh = chip_of(devices[0]), sharding.make_mesh(**config.mesh, devices=devices)
     train.check_batch_size(config, mesh)
+    check_host_memory(config, mesh)
     latent_shape = (*latent_size, PRESETS[config.model.preset].in_channels)
     phases = count_phases(config)
     start = time.monotonic()
@@ -75,6 +76,22 @@ def compile_steps(
                         raise
                     yield row | {"fits": False, "reason": str(error).partition("\n")[0]}
             progress(time.monotonic() - start)
+
+
+def check_host_memory(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError for a config that uses the host's memory, if JAX sees none, as of GPUs that are not there.
+
+    It would put everything into the memory of the devices without a word.
+    """
+    if sharding.replicated(mesh).with_memory_kind("pinned_host").memory_kind:
+        return
+    offload = config.model.remat if config.model.remat == "offload" else ""
+    for key, value in {"host_memory": config.host_memory, "model.remat": offload}.items():
+        if value:
+            raise UserError(
+                f"{key}={value} needs the memory of hosts, which JAX does not see of GPUs that are "
+                "not there: leave it out, which takes more memory, or compile where GPUs are, without --topology"
+            )
 
 
 def name_of(phase: Phase) -> str:
@@ -113,3 +130,14 @@ def measure(
         "received_gb": {kind: amount / 1e9 for kind, amount in received.items()},
         "seconds": seconds | {"least": max(seconds.values())},
     }
+
+
+def gpu_notes(rows: Sequence[dict[str, Any]], devices: Sequence[Any]) -> Iterator[str]:
+    """What to know beside what `compile_steps` yielded, where the devices are GPUs."""
+    if devices[0].platform != "gpu":
+        return
+    if len({device.process_index for device in devices}) > 1:
+        yield "received bytes count at the rate within a host; between hosts they take longer"
+    usual = chip_of(devices[0]).memory / GPU_SHARE * JAX_GPU_SHARE
+    if all(row["fits"] for row in rows) and max(row["memory"]["total"] for row in rows) > usual:
+        yield f"set XLA_CLIENT_MEM_FRACTION={GPU_SHARE}: by default JAX takes {usual:.1f} GiB of such a GPU"

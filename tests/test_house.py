@@ -120,8 +120,8 @@ class Make:
 
     def __init__(self, directory: Path):
         self.directory, self.log = directory, directory / "log"
-        for file in ("Makefile", "requirements.txt", "requirements-dev.txt", "requirements-parity.txt"):
-            (directory / file).write_text((ROOT / file).read_text())
+        for file in (ROOT / "Makefile", *ROOT.glob("requirements*.txt")):
+            (directory / file.name).write_text(file.read_text())
 
     def __call__(self, target: str, version: str = "3.11") -> tuple[int, list[str]]:
         python = self.directory / f"python{version}"
@@ -155,10 +155,17 @@ def test_make_installs_once_and_again_when_requirements_change(make: Make):
     assert make("test") == (0, ["pip requirements.txt", "pip requirements-dev.txt", TEST])
 
 
-def test_make_parity_alone_installs_pytorch(make: Make):
-    files = ["pip requirements.txt", "pip requirements-dev.txt", "pip requirements-parity.txt"]
-    assert make("parity") == (0, ["venv", *files, "-m pytest tests/parity -n auto --dist loadfile -x"])
-    assert make("parity") == (0, ["-m pytest tests/parity -n auto --dist loadfile -x"])
+@pytest.mark.parametrize(
+    ("target", "tests"),
+    [
+        ("parity", "-m pytest tests/parity -n auto --dist loadfile -x"),
+        ("cuda", "-m pytest tests/test_plan.py -m cuda -x"),
+    ],
+)
+def test_only_the_target_that_needs_them_installs_pytorch_and_cuda(target: str, tests: str, make: Make):
+    files = ["pip requirements.txt", "pip requirements-dev.txt", f"pip requirements-{target}.txt"]
+    assert make(target) == (0, ["venv", *files, tests])
+    assert make(target) == (0, [tests])
     assert make("test") == (0, [TEST])
 
 

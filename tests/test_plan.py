@@ -1,15 +1,19 @@
-"""`launch.compile`: tiny steps for TPUs that are not there, sized by libtpu and by hand."""
+"""`launch.compile`: tiny steps for TPUs and GPUs that are not there, sized by their compilers and by hand."""
 
 import json
 import sys
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import tiny_recipe
 from launch import compile as launch_compile
-from rcm_jax import plan, sharding, train
+from pallas_kernels import hopper
+from pallas_kernels.attention import choose_back_end
+from rcm_jax import chips, plan, sharding, train
 from rcm_jax.config import load
 from rcm_jax.schedule import Phase
 
@@ -34,8 +38,9 @@ def run(monkeypatch, capsys):
     return run
 
 
-def test_a_step_that_fits_is_sized(run, tmp_path):
-    code, printed = run(*WORDS, *SMALL, "--topology=v5e:2x2", f"--out={tmp_path / 'plan.json'}")
+@pytest.mark.parametrize("topology", ["v5e:2x2", pytest.param("h100:2x2", marks=pytest.mark.cuda)])
+def test_a_step_that_fits_is_sized(topology, run, tmp_path):
+    code, printed = run(*WORDS, *SMALL, f"--topology={topology}", f"--out={tmp_path / 'plan.json'}")
     assert code == 0, printed.err
     numbers = json.loads((tmp_path / "plan.json").read_text())
     (step,) = numbers["steps"]
@@ -68,10 +73,39 @@ def test_steps_that_keep_things_in_the_hosts_memory_compile_for_tpus(run):
     assert "student, dmd+scm: " in printed.out
 
 
-def test_a_step_that_does_not_fit_is_said_to_be_too_large(run):
-    code, printed = run(*WORDS, "--latent", "400", "800", "800", "--topology=v5e:2x2")
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v5e:2x2", "does not fit: RESOURCE_EXHAUSTED"),
+        pytest.param("h100:1x4", " of 75.1: does not fit", marks=pytest.mark.cuda),
+    ],
+)
+def test_a_step_that_does_not_fit_is_said_to_be_too_large(topology, message, run):
+    code, printed = run(*WORDS, "--latent", "800", "800", "800", f"--topology={topology}")
     assert code == 1
-    assert "does not fit: RESOURCE_EXHAUSTED" in printed.out
+    assert message in printed.out
+    assert "all fit" not in printed.out
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", chips.GPUS)
+def test_gpus_that_are_not_there_are_as_they_would_be(name):
+    devices = chips.topology_devices(f"{name}:2x4")
+    assert [device.process_index for device in devices] == [0] * 4 + [1] * 4
+    assert {device.device_kind for device in devices} == {chips.GPUS[name]} <= chips.CHIPS.keys()
+    queries = jnp.zeros((1, 8, 1, 64), jnp.bfloat16)
+    with jax.default_device(devices[0]):
+        assert choose_back_end("auto", queries) is hopper
+
+
+@pytest.mark.parametrize(("hosts", "memory", "notes"), [(1, 50.0, 0), (2, 50.0, 1), (1, 70.0, 1), (2, 70.0, 2)])
+def test_what_numbers_of_gpus_leave_out_is_said(hosts, memory, notes):
+    """Traffic between hosts, and memory that JAX does not take by default: 59.3 of 79.1 GiB."""
+    devices = [SimpleNamespace(platform="gpu", device_kind=chips.GPUS["h100"], process_index=i) for i in range(hosts)]
+    said = list(plan.gpu_notes([{"fits": True, "memory": {"total": memory}}], devices))
+    assert len(said) == notes
+    assert any("between hosts" in note for note in said) == (hosts > 1)
+    assert any("XLA_CLIENT_MEM_FRACTION=0.95" in note for note in said) == (memory > 59.3)
 
 
 @pytest.mark.parametrize(
@@ -79,11 +113,23 @@ def test_a_step_that_does_not_fit_is_said_to_be_too_large(run):
     [
         (["--topology=v9z:2x2"], "--topology=v9z:2x2: "),
         (["--topology=v5e"], "name a chip and the shape of its slice, as v5e:8x8"),
+        (["--topology=h200:8"], "--topology=h200:8: '8' is no number of hosts x GPUs of a host; "),
+        (["--topology=h300:1x8"], 'install "jax[cuda13-local]"'),
         (
             ["--topology=v5e:2x4", "--config.data.batch_size=12"],
             "data.batch_size=12 must be a multiple of mesh.data * mesh.fsdp = 8: set it to 16",
         ),
-        ([], "the peak rates of 'cpu' are not known: name a slice of TPUs with --topology"),
+        pytest.param(
+            ["--topology=h200:1x4", "--config.stages=dmd:9", "--config.host_memory=ema"],
+            "host_memory=ema needs the memory of hosts",
+            marks=pytest.mark.cuda,
+        ),
+        pytest.param(
+            ["--topology=h200:1x4", "--config.model.remat=offload"],
+            "model.remat=offload needs the memory",
+            marks=pytest.mark.cuda,
+        ),
+        ([], "the peak rates of 'cpu' are not known: name TPUs or GPUs with --topology"),
     ],
 )
 def test_a_mistake_is_one_line(words, message, run):
