@@ -1,10 +1,11 @@
-"""rCM, sCM alone and DMD alone on moving digits: the same teacher, network evaluations, optimiser and seeds.
+"""The recipes of moving digits that distil the shipped teacher, over seeds: trained and scored as they are.
 
     python -m benchmarks.digits_methods --out=benchmarks/results/digits_methods.json --workdir=runs/digits_methods \
         --figure=docs/digits_scm.png
 
-Half an hour on two CPU cores for three seeds. What is done already is not done again. Prints a Markdown table of means
-and, behind each, half the spread between the least and the greatest seed. The figure is sCM's loss in each run.
+rCM, sCM alone and DMD alone, which have the same network evaluations, learning rate and batch: half an hour on two CPU
+cores for three seeds. `--methods` names others. What is done already is not done again. Prints a Markdown table of
+means and, behind each, half the spread between the least and the greatest seed. The figure is sCM's loss in each run.
 """
 
 import argparse
@@ -25,7 +26,14 @@ from rcm_jax.data import digits, text
 from rcm_jax.generation import student_sampler, teacher_sampler
 from rcm_jax.train import create_network, load_params, train
 
-METHODS = {"rCM": "digits_rcm", "sCM alone": "digits_scm", "DMD alone": "digits_dmd"}
+COMPARED = {"rCM": "digits_rcm", "sCM alone": "digits_scm", "DMD alone": "digits_dmd"}
+METHODS = COMPARED | {
+    "dCM": "digits_dcm",
+    "staged": "digits_staged",
+    "LoRA": "digits_lora",
+    "DMD2": "digits_dmd2",
+    "MeanFlow": "digits_mean_flow",
+}
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHAPE = digits.DIGITS.latent_shape
 WINDOWS, LOWEST = 20, 0.98  # points of a curve; where the figure's losses begin
@@ -39,7 +47,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where the runs are kept")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
     parser.add_argument("--per_caption", type=int, default=8, metavar="N", help="videos of each of the 80 captions")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which to run")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(COMPARED), help="which to run")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="a PNG of sCM's loss, alone and within rCM")
     arguments = parser.parse_args()
     keep_compilations()
@@ -113,7 +121,7 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"| {name} | {'50, guided' if name == 'teacher' else '-'} | " + " | ".join(cells) + " |")
     for method in METHODS:
         runs = [run["student"] for name, run in results["runs"].items() if name.startswith(f"{method},")]
-        for steps in map(str, evaluation.STUDENT_STEPS):
+        for steps in map(str, evaluation.STUDENT_STEPS if runs else ()):
             values = {column: np.array([run[steps][column] for run in runs]) for column in COLUMNS}
             cells = [f"{v.mean():.3f} ± {np.ptp(v) / 2:.3f}" for v in values.values()]
             lines.append(f"| {method} | {steps} | " + " | ".join(cells) + " |")
