@@ -57,6 +57,8 @@ class Checkpoints:
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._remover = ThreadPoolExecutor(1)
         self._writing: int | None = None  # the iteration whose checkpoint is being written
+        self._warned = False  # that no checkpoint has the metric `best`
+        self._sound: int | None = None  # up to which iteration the run is known to be sound; None: all of it
         self._failed = False  # whether the last write failed, so that another is due
         self._failure: Exception | None = None  # why it did, if this process knows
 
@@ -65,8 +67,9 @@ class Checkpoints:
         iteration: int,
         state: Any,
         iterator: grain.DatasetIterator | None,
-        metadata: Mapping[str, Any] | None = None,
+        metadata: Callable[[], Mapping[str, Any]] = dict,
         *,
+        sound: int | None = None,
         force: bool = False,
     ) -> bool:
         """Starts to write a checkpoint, if one is due, and returns once `state` may be donated. For every iteration.
@@ -78,7 +81,9 @@ class Checkpoints:
             iteration: iterations done so far.
             state: any pytree of JAX arrays, typed PRNG keys included.
             iterator: the data, whose next batch belongs to the iteration after this one; None if there is none.
-            metadata: further facts, of JSON types.
+            metadata: gives further facts, of JSON types, if one is due.
+            sound: the last iteration known to be good; whatever is removed, the newest checkpoint up to it stays.
+                None: this one.
             force: save even when none is due.
 
         Returns: whether it started: not if none is due or `iteration` is saved already.
@@ -87,6 +92,7 @@ class Checkpoints:
             UserError: the directory holds a later checkpoint.
             TypeError: a leaf is no JAX array, or the metadata is not JSON.
         """
+        self._sound = sound
         regular = iteration % self.every == 0
         if regular or force:
             self._finish()
@@ -106,7 +112,7 @@ class Checkpoints:
         leaves = {name: _storable(leaf) for name, leaf in _named_leaves(state).items()}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves, save_args={name: _chunks(leaf) for name, leaf in leaves.items()}),
-            description=ocp.args.JsonSave(_describe_all(state, leaves, iterator, metadata)),
+            description=ocp.args.JsonSave(_describe_all(state, leaves, iterator, metadata())),
         )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -117,17 +123,15 @@ class Checkpoints:
         self._writing, self._failed = iteration, False
         return True
 
-    def save_and_wait(self, iteration: int, *args: Any, removes_old: bool = True) -> None:
+    def save_and_wait(self, iteration: int, *args: Any, sound: int | None = None) -> None:
         """Saves, as `save` with `force`, and returns when the checkpoint is complete, after a few attempts if need be.
-
-        With `removes_old=False` all older checkpoints stay, for a state that may be worse than theirs.
 
         Raises:
             UserError: it could not be written.
         """
         for _ in range(ATTEMPTS):
-            self.save(iteration, *args, force=True)
-            self._finish(removes_old=removes_old)
+            self.save(iteration, *args, sound=sound, force=True)
+            self._finish()
             if not self._failed:
                 return
         raise UserError(
@@ -189,6 +193,7 @@ class Checkpoints:
 
     def roll_back(self, iteration: int, abstract_state: Any, reason: str) -> tuple[int, Any] | None:
         """Restores the newest sound checkpoint up to `iteration` and sets later ones aside; leaves the data alone."""
+        self._sound = iteration
         self._finish()
         for later in self.iterations():
             if later > iteration:
@@ -220,7 +225,7 @@ class Checkpoints:
         if _everywhere(self._failure is not None or self._path(self._writing).exists()):
             self._finish()
 
-    def _finish(self, *, removes_old: bool = True) -> None:
+    def _finish(self) -> None:
         """Waits for the background write, if there is one; removes what is no longer needed, or reports its failure."""
         if self._writing is None:
             return
@@ -232,7 +237,7 @@ class Checkpoints:
             error = late_error
         if not _everywhere(error is None):
             self._report_failure(iteration, error)
-        elif removes_old:
+        else:
             self._remove_old()
 
     def _report_failure(self, iteration: int, error: Exception | None) -> None:
@@ -249,8 +254,13 @@ class Checkpoints:
         iterations = self.iterations()
         kept = set(iterations[-self.keep :])
         kept |= {iteration for iteration in iterations if self.keep_every and iteration % self.keep_every == 0}
+        if self._sound is not None:
+            kept |= {max((iteration for iteration in iterations if iteration <= self._sound), default=iterations[0])}
         if self.best:
-            kept |= {min(iterations, key=self._metric)}
+            best = min(iterations, key=self._metric)
+            kept |= {best}
+            if math.isinf(self._metric(best)):
+                self._warn_of_unknown_metric(iterations[-1])
         if jax.process_index() == 0:
             for iteration in set(iterations) - kept:
                 # Half a checkpoint must not pass for one, should the run be killed meanwhile.
@@ -259,11 +269,20 @@ class Checkpoints:
 
     def _metric(self, iteration: int) -> float:
         """The metric by which the best checkpoint is kept; infinite for one that lacks it."""
-        try:
-            value = self.metadata(iteration).get("metrics", {}).get(self.best, math.inf)
-        except DamagedError:
-            return math.inf
+        value = self._metrics(iteration).get(self.best, math.inf)
         return value if math.isfinite(value) else math.inf
+
+    def _metrics(self, iteration: int) -> dict[str, float]:
+        try:
+            return self.metadata(iteration).get("metrics", {})
+        except DamagedError:
+            return {}
+
+    def _warn_of_unknown_metric(self, iteration: int) -> None:
+        known = sorted(self._metrics(iteration))
+        if known and not self._warned:
+            warn(f"no checkpoint has the metric checkpoint.best={self.best}: known are {', '.join(known)}")
+            self._warned = True
 
     def _remove_leftovers(self) -> None:
         """Removes what a killed or failed write left behind and, in the background, checkpoints that are not kept."""
@@ -317,7 +336,7 @@ def _describe_all(
     state: Any,
     leaves: dict[str, jax.Array],
     iterator: grain.DatasetIterator | None,
-    metadata: Mapping[str, Any] | None,
+    metadata: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The description of a checkpoint, sealed. Raises TypeError for metadata that are not JSON."""
     named = _named_leaves(state)
@@ -328,7 +347,7 @@ def _describe_all(
             "key_impls": {name: str(jax.random.key_impl(leaf)) for name, leaf in named.items() if _is_key(leaf)},
             # The same on every process, so that any number of them can go on from it.
             "position": None if iterator is None else iterator.get_state(),
-            "metadata": dict(metadata or {}),
+            "metadata": dict(metadata),
         }
     )
 

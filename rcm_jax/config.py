@@ -214,6 +214,12 @@ def validate(config: ConfigDict) -> None:
                 f"{key}={flat[key]!r} must be {rule}: change it in the config file or with --config.{key}=VALUE"
             )
     _check_methods(flat, {loss for stage in parse_stages(flat["stages"]) for loss in stage.losses})
+    warmup, decay_from, decay_to = (flat[f"optimizer.{key}"] for key in ("warmup", "decay_from", "decay_to"))
+    if decay_to and not warmup <= decay_from < decay_to:
+        raise UserError(
+            f"optimizer.{decay_from=} must be at least optimizer.{warmup=} and less than optimizer.{decay_to=}: "
+            "change one of them, or set optimizer.decay_to=0 for a rate that does not fall"
+        )
     batch_size, accumulate = flat["data.batch_size"], flat["data.accumulate"]
     if batch_size % accumulate:
         near = max(batch_size // accumulate, 1) * accumulate
@@ -230,12 +236,18 @@ def _check_methods(flat: dict[str, Any], losses: set[str]) -> None:
         raise UserError("model.critic_lora_rank adapts a fake score, and no stage has dmd: set it to 0")
     if "teacher" in flat["host_memory"] and not losses & FROM_TEACHER:
         raise UserError(f"host_memory={flat['host_memory']} names a teacher, and no stage has one: leave it out")
+    times, steps = flat["loss.simulation_times"], flat["loss.simulation_steps"]
+    if times and len(times) != steps - 1:
+        raise UserError(
+            f"loss.simulation_times={times} must be one fewer than loss.simulation_steps={steps}, or none, for the "
+            f"first is pi/2: set --config.loss.simulation_steps={len(times) + 1}"
+        )
     lowest, highest = flat["loss.rf_range"]
     if (lowest, highest) == (0, 1):
         return
     if "dcm" in losses:
         raise UserError("loss.rf_range bounds drawn times, dcm has a grid of all: set it to 0.0,1.0 or use scm")
-    for t in flat["loss.simulation_times"]:
+    for t in times:
         s = math.sin(t) / (math.sin(t) + math.cos(t))
         if not lowest <= s <= highest:
             raise UserError(f"loss.simulation_times has {t}, RF time {s:.3f}, outside loss.rf_range: leave it out")

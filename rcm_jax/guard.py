@@ -31,10 +31,11 @@ class Guard:
         """
         self._max_skipped, self._max_loss_ratio, self._max_bad_data = max_skipped, max_loss_ratio, max_bad_data
         self._batch_size = batch_size
-        self.start(0)
+        self.start(0, skipped=0)
 
-    def start(self, skipped: int) -> None:
-        """Forgets what it saw. `skipped` counts the updates that were skipped up to here."""
+    def start(self, iteration: int, skipped: int) -> None:
+        """Forgets what it saw: the run goes on from a sound iteration, up to which so many updates were skipped."""
+        self.sound = iteration  # the last one after which nothing looked wrong
         self._waiting: tuple[int, Any, Any] | None = None
         self._skipped, self._in_a_row = skipped, 0
         self._losses = collections.defaultdict(lambda: collections.deque(maxlen=HISTORY))
@@ -62,6 +63,7 @@ class Guard:
             if name.startswith("loss_") and (largest := self._outgrown(name, abs(value))):
                 reason = f"{name} is {value:.4g}, the largest of those before was {largest:.4g}"
                 return Trouble(reason, iteration - 1, iteration, batch, is_data=False)
+        self.sound = iteration - (self._in_a_row if self._max_skipped else 0)
         return None
 
     def _outgrown(self, name: str, value: float) -> float:

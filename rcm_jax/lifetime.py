@@ -1,14 +1,23 @@
-"""How a run notices that it must end: a request by SIGTERM, or no progress."""
+"""How a run notices that it must end, a request by SIGTERM or no progress, and that it may not begin."""
 
 import contextlib
 import faulthandler
+import fcntl
+import os
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
+
+from rcm_jax.config import UserError
+
+HANDOVER_SECONDS = 60.0  # that a run waits for the one before it, which may be ending
 
 
 @contextlib.contextmanager
@@ -51,3 +60,45 @@ def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
         yield beat
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+@contextlib.contextmanager
+def sole_run(folder: Path, wait: float = HANDOVER_SECONDS) -> Iterator[None]:
+    """Keeps other runs out of a folder, which it makes, while this one writes there; process 0 does so for all.
+
+    Where the file system has no locks, nothing is kept out.
+
+    Raises UserError if another run is still there after `wait` seconds.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    is_new, path = not folder.exists(), folder / ".lock"
+    folder.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as lock:
+        until = time.monotonic() + wait
+        while not _try_lock(lock.fileno()):
+            if time.monotonic() > until:
+                lock.seek(0)
+                raise UserError(f"{folder} is in use by {lock.read() or 'another run'}: end it, or use another folder")
+            time.sleep(0.2)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} of {socket.gethostname()}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            if is_new and list(folder.iterdir()) == [path]:  # a mistake ended it before anything was written
+                path.unlink()
+                folder.rmdir()
+
+
+def _try_lock(file: int) -> bool:
+    """Whether nobody else holds the lock; the system gives it back when the process ends, however it does."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here
+        pass
+    return True

@@ -4,6 +4,7 @@ import datetime
 import importlib
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import platform
@@ -49,7 +50,7 @@ class RunRecords:
     workdir: the run's folder. total: iterations of the whole run.
     tokens_per_step: tokens that one step trains on, all processes together.
     resume_at: iteration the run continues from (0: a new run); records of later iterations, left by the run before it,
-        are dropped.
+        are dropped. A new run moves another's metrics.jsonl to metrics.1.jsonl, or the next number that is free.
     process_index: only process 0 writes; in every other one all methods do nothing.
     wandb_project: "" for none. console: metric -> its name in the console line, where it is reported.
     Raises UserError if wandb is asked for and not installed.
@@ -82,7 +83,10 @@ class RunRecords:
     def _open(self, resume_at: int) -> None:
         # At iteration 0 nothing is trained yet: whatever is there belongs to another run.
         first_dropped = resume_at + 1 if resume_at else 0
-        self._log = _open_log(self._workdir / "metrics.jsonl", first_dropped)
+        log = self._workdir / "metrics.jsonl"
+        if not resume_at and log.exists() and log.stat().st_size:
+            log.rename(next(path for n in itertools.count(1) if not (path := log.with_suffix(f".{n}.jsonl")).exists()))
+        self._log = _open_log(log, first_dropped)
         self._tensorboard = _EventFile(self._workdir / "tensorboard", first_dropped)
         self._iteration, self._seconds, self._running_since = resume_at, 0.0, time.monotonic()
 
@@ -257,6 +261,13 @@ def write_run_info(workdir: str | Path, config: Mapping[str, Any], *, process_in
     if process_index == 0:
         media.write_file(Path(workdir) / "run.json", media.json_text(info, indent=2).encode() + b"\n")
     return info
+
+
+def check_unused(workdir: str | Path) -> None:
+    """Raises UserError for a folder that holds what another run made and no checkpoint to go on from."""
+    for name in ("student.safetensors", "ema.safetensors"):
+        if (path := Path(workdir) / name).exists():
+            raise UserError(f"{path} is of another run, which left no checkpoint to go on from: use another folder")
 
 
 def _versions() -> dict[str, str]:

@@ -81,9 +81,9 @@ def make_mesh(
         left = count // max(-math.prod(sizes), 1)
         sizes = tuple(left if size == -1 else size for size in sizes)
     if math.prod(sizes) != count or min(sizes) < 1:
-        raise UserError(
-            f"mesh of {data=}, {fsdp=}, {context=}, {tensor=} does not cover {count} devices: set mesh.data=-1"
-        )
+        given = -1 in (data, fsdp, context, tensor)
+        remedy = "choose sizes whose product divides them" if given else "set mesh.data=-1"
+        raise UserError(f"mesh of {data=}, {fsdp=}, {context=}, {tensor=} does not cover {count} devices: {remedy}")
     return Mesh(_arrange(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -19,9 +19,9 @@ class TrainState(flax.struct.PyTreeNode):
 
     `teacher` is None when a run trains without one; `fake` and `fake_opt` are None without a DMD loss. Student, EMA and
     fake score may hold a part of their parameters only, such as LoRA's: the rest is the teacher's (see `overlay`).
-    `student_updates` and `critic_updates` count attempts, skipped ones included, so that every schedule of a run is a
-    function of its iteration alone; `skipped` counts updates dropped because a gradient was not finite, `bad_data` the
-    samples left out, by the name of their fault.
+    `student_updates` and `critic_updates` count attempts, skipped ones included: EMA and backward simulation go by
+    them, learning rates by the optimisers' own counts of updates that were made. `skipped` counts updates dropped
+    because a gradient was not finite, `bad_data` the samples left out, by the name of their fault.
     """
 
     iteration: Counter

@@ -1,8 +1,11 @@
 """The story of a run, from its config to its last checkpoint."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -20,14 +23,15 @@ from rcm_jax.convert import families
 from rcm_jax.convert.sources import open_source
 from rcm_jax.convert.wan import WAN, params_from_wan, wan_tensors
 from rcm_jax.data import digits, pipeline, text
-from rcm_jax.generation import Sampler, student_sampler
+from rcm_jax.generation import student_sampler
 from rcm_jax.guard import Guard, Trouble
-from rcm_jax.lifetime import termination_notice, watchdog
+from rcm_jax.lifetime import sole_run, termination_notice, watchdog
 from rcm_jax.methods import Applies, Recipe
+from rcm_jax.models import presets
 from rcm_jax.models.blocks import Remat, from_host
-from rcm_jax.models.functional import Network, functional
-from rcm_jax.models.wan import PRESETS, Wan
-from rcm_jax.records import RunRecords, warn, write_run_info
+from rcm_jax.models.functional import Network
+from rcm_jax.models.wan import PRESETS, WanConfig
+from rcm_jax.records import RunRecords, check_unused, warn, write_run_info
 from rcm_jax.schedule import Phase, needs, phase_at, total_iterations
 from rcm_jax.state import Params, TrainState, create_optimizer, create_state, ema_exponent, overlay
 from rcm_jax.steps import critic_step, student_step
@@ -46,17 +50,21 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         Preempted: SIGTERM asked it to end.
         Halted: its numbers or its data are wrong, as config.faults defines it.
     """
-    with termination_notice() as must_end, watchdog(config.faults.hang_seconds) as progresses:
-        return _train(config, Path(workdir), must_end, progresses)
+    with (
+        termination_notice() as must_end,
+        watchdog(config.faults.hang_seconds) as progresses,
+        contextlib.ExitStack() as until_the_end,
+    ):
+        return _train(config, Path(workdir), must_end, progresses, until_the_end)
 
 
 def _train(
-    config: ConfigDict, workdir: Path, must_end: Callable[[int], bool], progresses: Callable[[], None]
+    config: ConfigDict,
+    workdir: Path,
+    must_end: Callable[[int], bool],
+    progresses: Callable[[], None],
+    until_the_end: contextlib.ExitStack,
 ) -> TrainState:
-    if config.log.sample_every and config.data.name not in digits.VARIANTS:
-        raise UserError(
-            f"log.sample_every={config.log.sample_every} needs a decoder of {config.data.name!r}: set it to 0"
-        )
     stages = parse_stages(config.stages)
     total = total_iterations(stages)
     mesh = sharding.make_mesh(**config.mesh)
@@ -67,6 +75,7 @@ def _train(
         source = pipeline.InMemory(source)
     first = pipeline.first_sound(source)
     latent_shape, text_shape = first["latent"].shape, first["text"].shape
+    check_shapes(config.model.preset, latent_shape, text_shape)
     batches = pipeline.make_loader(
         source,
         batch_size=config.data.batch_size,
@@ -80,11 +89,20 @@ def _train(
     negative = negative_text(config, text_shape)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step_of = jit_steps(config, networks, optimizers, latent_shape, negative, shardings)
+    show = create_show(config, networks.student, source, first) if config.log.sample_every else None
 
     progresses()
+    until_the_end.enter_context(sole_run(workdir))
     checkpoints = Checkpoints(workdir / "checkpoints", **config.checkpoint)
     restored = checkpoints.restore(abstract, batches)
-    start, state = restored or (0, init_state(config, networks, optimizers, mesh))
+    if restored is None:
+        check_unused(workdir)
+        restored = 0, init_state(config, networks, optimizers, mesh)
+    (start, state), noted = restored, Notes({}, [], 0, config.stages)
+    if start:
+        noted = noted._replace(**checkpoints.metadata(start))
+        check_stages(noted.stages, config.stages, start, workdir)
+    progresses()
     write_run_info(workdir, config.to_dict(), process_index=jax.process_index())
     records = RunRecords(
         workdir,
@@ -95,13 +113,16 @@ def _train(
         wandb_project=config.log.wandb,
     )
 
-    sample = student_sampler(config, networks.student, latent_shape, steps=sampling.MAX_STEPS)
-    guard = create_guard(config, skipped=int(state.skipped))
-    iteration, window, recent, rollbacks, bad_records = start, [], {}, 0, set()
+    guard = create_guard(config, start, skipped=int(state.skipped))
+    iteration, recent, window, rollbacks, bad_records = start, noted.metrics, noted.window, noted.rollbacks, set()
+
+    def notes() -> dict[str, Any]:
+        return Notes(recent, to_floats(window), rollbacks, config.stages)._asdict()
+
     while iteration < total:
         progresses()
         if must_end(iteration):
-            checkpoints.save_and_wait(iteration, state, batches, {"metrics": recent})
+            checkpoints.save_and_wait(iteration, state, batches, notes, sound=guard.sound)
             raise Preempted(f"asked to end by SIGTERM: saved iteration {iteration}, the same command continues")
         phase = phase_at(
             stages,
@@ -122,41 +143,91 @@ def _train(
             may_go_back = rollbacks < config.faults.rollbacks and not trouble.is_data
             restored = checkpoints.roll_back(trouble.sound, abstract, trouble.reason) if may_go_back else None
             if restored is None:
-                checkpoints.save_and_wait(iteration, state, batches, {"metrics": recent}, removes_old=False)
+                checkpoints.save_and_wait(iteration, state, batches, notes, sound=trouble.sound)
                 raise Halted(f"iteration {trouble.iteration}: {trouble.reason}; its batch lies in {workdir}/halted")
-            (iteration, state), window, rollbacks = restored, [], rollbacks + 1
-            guard.start(skipped=int(state.skipped))
+            (iteration, state), rollbacks = restored, rollbacks + 1
+            recent, window, *_ = noted._replace(**checkpoints.metadata(iteration))
+            guard.start(iteration, skipped=int(state.skipped))
             records.roll_back(iteration)
             records.say(f"rolled back to iteration {iteration}, the data go on: {trouble.reason}")
             continue
         if iteration % config.log.every == 0 or iteration == total:
-            recent = window_means(jax.device_get(window))
+            recent = window_means(to_floats(window))
             records.write(iteration, recent)
             window = []
-        if config.log.sample_every and iteration % config.log.sample_every == 0:
-            variant = digits.VARIANTS[config.data.name]
-            params = jax.device_put(overlay(state.teacher, state.ema), jax.memory.Space.Device)
-            record_samples(records, iteration, sample, params, source, variant, config.log.samples)
-        checkpoints.save(iteration, state, batches, {"metrics": recent})
-    checkpoints.save_and_wait(total, state, batches, {"metrics": recent})
-    export(config, state, workdir)
+        if show and iteration % config.log.sample_every == 0:
+            with records.untimed():
+                for caption, video in show(jax.device_put(overlay(state.teacher, state.ema), jax.memory.Space.Device)):
+                    records.write_video(iteration, caption, video, fps=digits.FPS, scale=8)
+        checkpoints.save(iteration, state, batches, notes, sound=guard.sound)
+    progresses()
+    checkpoints.save_and_wait(total, state, batches, notes)
+    export(config, state, workdir, progresses)
     checkpoints.close()
     records.close()
     return state
 
 
+class Notes(NamedTuple):
+    """What a checkpoint notes beside the state, so that a resumed run logs what an uninterrupted one does.
+
+    metrics: as last logged. window: those of each iteration since. rollbacks: made so far. stages: of the config.
+    """
+
+    metrics: dict[str, float]
+    window: list[dict[str, Any]]
+    rollbacks: int
+    stages: str
+
+
 def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises UserError for a batch that the mesh cannot share out."""
-    parts = sharding.batch_parts(mesh)
-    if config.data.batch_size % parts:
+    """Raises UserError for a batch of which the mesh cannot share out every part that is accumulated."""
+    batch_size, accumulate, parts = config.data.batch_size, config.data.accumulate, sharding.batch_parts(mesh)
+    if batch_size % parts:
         raise UserError(
-            f"data.batch_size={config.data.batch_size} must be a multiple of mesh.data * mesh.fsdp = {parts}: "
-            f"set it to {-(-config.data.batch_size // parts) * parts}"
+            f"data.{batch_size=} must be a multiple of mesh.data * mesh.fsdp = {parts}: "
+            f"set it to {-(-batch_size // parts) * parts}"
+        )
+    if batch_size % (accumulate * parts):
+        fits = next(n for n in range(accumulate, 0, -1) if batch_size % (n * parts) == 0)
+        raise UserError(
+            f"data.{batch_size=} must be a multiple of data.accumulate * mesh.data * mesh.fsdp = "
+            f"{accumulate} * {parts}, or devices would compute the same: set data.accumulate={fits}"
         )
 
 
-def create_guard(config: ConfigDict, skipped: int) -> Guard:
-    """The guard that config.faults describes, for a run that has skipped so many updates before."""
+def check_shapes(preset: str, latent_shape: tuple[int, ...], text_shape: tuple[int, ...]) -> None:
+    """Raises UserError for latents (T, H, W, C) or texts (S, D) that the network of a preset does not take."""
+    network = get_preset(preset)
+    *sizes, channels = latent_shape
+    if len(sizes) != 3 or channels != network.in_channels or any(map(operator.mod, sizes, network.patch)):
+        raise UserError(
+            f"latents of {latent_shape} do not fit model.preset={preset!r}, which takes (frames, rows, columns, "
+            f"{network.in_channels}) with sizes that {network.patch} divide: choose the data's preset, or other data"
+        )
+    if text_shape[-1] != network.text_dim:
+        raise UserError(
+            f"texts of width {text_shape[-1]} do not fit model.preset={preset!r}, which takes {network.text_dim}: "
+            "choose the data's preset, or other data"
+        )
+
+
+def check_stages(before: str, now: str, iteration: int, workdir: Path) -> None:
+    """Raises UserError for a run that was not trained, up to `iteration`, as its `stages` now say."""
+
+    def losses(stages: str) -> list[frozenset[str]]:
+        each = (stage.losses for stage in parse_stages(stages) for _ in range(stage.iterations))
+        return list(itertools.islice(each, iteration))
+
+    if losses(before) != losses(now):
+        raise UserError(
+            f"{workdir} was trained with stages={before} up to iteration {iteration}, and stages={now} begin "
+            "otherwise: use another folder"
+        )
+
+
+def create_guard(config: ConfigDict, iteration: int, skipped: int) -> Guard:
+    """The guard that config.faults describes, for a run that goes on from an iteration."""
     c = config.faults
     guard = Guard(
         max_skipped=c.max_skipped,
@@ -164,7 +235,7 @@ def create_guard(config: ConfigDict, skipped: int) -> Guard:
         max_bad_data=c.max_bad_data,
         batch_size=config.data.batch_size,
     )
-    guard.start(skipped)
+    guard.start(iteration, skipped)
     return guard
 
 
@@ -215,16 +286,21 @@ def create_network(config: ConfigDict, mesh: Mesh | None = None, **extras: Any) 
 
     Raises UserError for an unknown preset or remat policy, or a mesh that does not divide the heads.
     """
-    if config.model.preset not in PRESETS:
-        raise UserError(f"model.preset={config.model.preset!r} must be one of {', '.join(PRESETS)}")
     if config.model.remat not in get_args(Remat):
         raise UserError(f"model.remat={config.model.remat!r} must be one of {', '.join(get_args(Remat))}")
     extras = {"spans": needs(parse_stages(config.stages), *MEAN_FLOW)} | extras
-    preset, dtype = dataclasses.replace(PRESETS[config.model.preset], **extras), jnp.dtype(config.model.dtype)
+    preset, dtype = dataclasses.replace(get_preset(config.model.preset), **extras), jnp.dtype(config.model.dtype)
     kernels = "deterministic" if config.deterministic else "auto"
     ops = sharding.block_ops(mesh, preset.heads, config.model.ulysses, dtype=dtype, implementation=kernels)
     ops = from_host(ops) if "teacher" in host_parts(config) else ops
-    return functional(lambda rngs: Wan(preset, dtype=dtype, remat=config.model.remat, ops=ops, rngs=rngs))
+    return presets.create_network(preset, dtype=dtype, remat=config.model.remat, ops=ops)
+
+
+def get_preset(name: str) -> WanConfig:
+    """The network of a preset that can be trained. Raises UserError if there is none of this name."""
+    if name not in PRESETS:
+        raise UserError(f"model.preset={name!r} must be one of {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def load_params(path: str | Path, network: Network) -> Params:
@@ -446,38 +522,53 @@ def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[s
     }
 
 
-def window_means(window: list[dict[str, Any]]) -> dict[str, float]:
+def to_floats(window: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The metrics of several iterations, fetched; what is a float already stays."""
+    return [{name: float(value) for name, value in metrics.items()} for metrics in jax.device_get(window)]
+
+
+def window_means(window: list[dict[str, float]]) -> dict[str, float]:
     """Mean of each metric over the iterations that have it; a running count keeps its last value."""
     names = dict.fromkeys(name for metrics in window for name in metrics)
-    values = {name: [float(metrics[name]) for metrics in window if name in metrics] for name in names}
+    values = {name: [metrics[name] for metrics in window if name in metrics] for name in names}
     counts = {name for name in values if name == "skipped" or name.startswith("bad_data/")}
     return {name: series[-1] if name in counts else float(np.mean(series)) for name, series in values.items()}
 
 
-def record_samples(
-    records: RunRecords,
-    iteration: int,
-    sample: Sampler,
-    params: Params,
-    source: Sequence[Any],
-    variant: digits.Variant,
-    count: int,
-) -> None:
-    """Writes samples for the captions of the first `count` records to the run's records."""
-    with records.untimed():
-        first = pipeline.read(source, range(count))
-        latents = on_host(sample(params, jnp.asarray(first["text"]), jnp.arange(count)))
-        for prompt, video in zip(first["prompt"], digits.latent_to_video(latents, variant), strict=True):
-            records.write_video(iteration, str(prompt), video, fps=digits.FPS, scale=8)
+# A student's parameters to captions and their videos (T, H, W, C), uint8.
+Show = Callable[[Params], Iterable[tuple[str, np.ndarray]]]
 
 
-def export(config: ConfigDict, state: TrainState, workdir: Path) -> None:
-    """Writes student.safetensors and ema.safetensors, float32, by Wan's tensor names.
+def create_show(config: ConfigDict, network: Network, source: pipeline.Source, first: dict[str, Any]) -> Show:
+    """What a run shows of itself: videos for the captions of the first `log.samples` sound records.
+
+    Raises UserError for data that cannot be decoded.
+    """
+    if config.data.name not in digits.VARIANTS:
+        raise UserError(
+            f"log.sample_every={config.log.sample_every} needs a decoder of {config.data.name!r}: set it to 0"
+        )
+    variant = digits.VARIANTS[config.data.name]
+    records = pipeline.read_tolerantly(source, range(min(pipeline.TRIED_FIRST, len(source))), first)
+    chosen = np.flatnonzero(records["fault"] == 0)[: config.log.samples]
+    steps = min(sampling.MAX_STEPS, len(config.sampling.mid_times) + 1)
+    sample = student_sampler(config, network, first["latent"].shape, steps=steps)
+
+    def show(params: Params) -> Iterable[tuple[str, np.ndarray]]:
+        latents = on_host(sample(params, jnp.asarray(records["text"][chosen]), jnp.asarray(chosen)))
+        return zip(map(str, records["prompt"][chosen]), digits.latent_to_video(latents, variant), strict=True)
+
+    return show
+
+
+def export(config: ConfigDict, state: TrainState, workdir: Path, progresses: Callable[[], None]) -> None:
+    """Writes student.safetensors and ema.safetensors, float32, by Wan's tensor names; `progresses` before each.
 
     They are whole; what a LoRA adds also goes to student_lora.safetensors and ema_lora.safetensors.
     """
     metadata = {"model": config.model.preset, "stages": config.stages, "iteration": str(int(state.iteration))}
     for name, params in (("student", state.student), ("ema", state.ema)):
+        progresses()
         params = jax.tree.map(on_host, overlay(state.teacher, params))
         tensors = wan_tensors(adapters.merge(params), PRESETS[config.model.preset])
         export_safetensors(workdir / f"{name}.safetensors", tensors, metadata | {"parameters": name})

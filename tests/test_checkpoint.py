@@ -1,5 +1,6 @@
 """A resumed run goes on exactly as if it had not stopped, whatever the mesh, and no file is lost on the way."""
 
+import functools
 import signal
 import subprocess
 import sys
@@ -148,6 +149,37 @@ def test_saves_come_at_multiples_and_when_forced(checkpoints: Checkpoints):
     assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["13", "20"]
 
 
+@pytest.mark.parametrize(("sound", "kept"), [(None, [31]), (31, [31]), (30, [30, 31]), (29, [20, 31]), (3, [10, 31])])
+def test_the_newest_checkpoint_of_a_sound_state_is_kept(tmp_path: Path, sound: int | None, kept: list[int]):
+    everything = Checkpoints(tmp_path, every=10, keep=3)
+    for iteration in (10, 20, 30):
+        everything.save(iteration, {"w": jnp.zeros(3)}, None)
+    everything.close()
+    checkpoints = Checkpoints(tmp_path, every=10, keep=1)
+    checkpoints.save_and_wait(31, {"w": jnp.zeros(3)}, None, sound=sound)
+    assert checkpoints.iterations() == kept
+    checkpoints.close()
+
+
+def test_the_checkpoint_to_go_back_to_outlives_the_one_being_written(tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path, every=10, keep=1)
+    for iteration in (10, 20):
+        checkpoints.save(iteration, {"w": jnp.full(3, iteration)}, None)
+    restored = checkpoints.roll_back(19, {"w": jnp.zeros(3, int)}, "the loss exploded")
+    assert restored is not None
+    assert restored[0] == restored[1]["w"][0] == 10
+    checkpoints.close()
+
+
+def test_an_unknown_metric_to_keep_the_best_by_is_said(tmp_path: Path, capfd: pytest.CaptureFixture):
+    checkpoints = Checkpoints(tmp_path, every=1, keep=1, best="loss_smc")
+    for iteration in (1, 2, 3):
+        checkpoints.save(iteration, {"w": jnp.zeros(3)}, None, lambda: {"metrics": {"loss_scm": 1.0, "loss": 2.0}})
+    checkpoints.close()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == "no checkpoint has the metric checkpoint.best=loss_smc: known are loss, loss_scm"
+
+
 def test_a_run_can_go_back_to_an_older_checkpoint_but_not_overtake_it(
     checkpoints: Checkpoints, capfd: pytest.CaptureFixture
 ):
@@ -164,7 +196,7 @@ def test_a_run_can_go_back_to_an_older_checkpoint_but_not_overtake_it(
 
 
 def test_metadata_comes_back(checkpoints: Checkpoints):
-    checkpoints.save(10, create_state(), None, {"preset": "digits", "losses": ["scm"]})
+    checkpoints.save(10, create_state(), None, lambda: {"preset": "digits", "losses": ["scm"]})
     assert reopened(checkpoints).metadata(10) == {"preset": "digits", "losses": ["scm"]}
 
 
@@ -222,7 +254,7 @@ def test_the_newest_the_regular_and_the_best_are_kept(tmp_path: Path, policy: di
     scores = {10: 5.0, 20: float("nan"), 30: 4.0, 40: 1.0, 50: 2.0, 60: 3.0}
     checkpoints = Checkpoints(tmp_path, every=10, **policy)
     for iteration, score in scores.items():
-        checkpoints.save(iteration, {"w": jnp.zeros(3)}, None, {"metrics": {"score": score}})
+        checkpoints.save(iteration, {"w": jnp.zeros(3)}, None, functools.partial(dict, metrics={"score": score}))
     checkpoints.wait()
     assert checkpoints.iterations() == kept
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == kept
@@ -243,7 +275,7 @@ def test_a_state_holds_jax_arrays_alone(checkpoints: Checkpoints, state: Any, me
 
 def test_metadata_that_is_not_json_is_refused_at_once(checkpoints: Checkpoints):
     with pytest.raises(TypeError, match="not JSON serializable"):
-        checkpoints.save(10, create_state(), None, {"path": Path("x")})
+        checkpoints.save(10, create_state(), None, lambda: {"path": Path("x")})
     assert checkpoints.latest() is None
 
 

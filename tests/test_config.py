@@ -296,8 +296,18 @@ def test_a_value_that_breaks_its_rule_is_named(recipe: Path, key: str, values: l
         (["stages=scm:9", "model.critic_lora_rank=4"], "adapts a fake score, and no stage has dmd"),
         (["stages=dcm:9", "loss.rf_range=0.5,1.0"], "loss.rf_range bounds drawn times, dcm has a grid of all"),
         (
-            ["stages=dmd:9", "loss.rf_range=0.5,1.0", "loss.simulation_times=(1.3, 0.6)"],
+            ["stages=dmd:9", "loss.rf_range=0.5,1.0", "loss.simulation_steps=3", "loss.simulation_times=(1.3, 0.6)"],
             "loss.simulation_times has 0.6, RF time 0.406, outside loss.rf_range",
+        ),
+        (["loss.simulation_times=1.3,0.6"], "is pi/2: set --config.loss.simulation_steps=3"),
+        (["loss.simulation_times=1.3,1.0,0.6,0.2"], "is pi/2: set --config.loss.simulation_steps=5"),
+        (
+            ["optimizer.warmup=100", "optimizer.decay_from=50", "optimizer.decay_to=200"],
+            "optimizer.decay_from=50 must be at least optimizer.warmup=100 and less than optimizer.decay_to=200",
+        ),
+        (
+            ["optimizer.warmup=0", "optimizer.decay_from=200", "optimizer.decay_to=200"],
+            "optimizer.decay_from=200 must be at least optimizer.warmup=0 and less than optimizer.decay_to=200",
         ),
     ],
 )

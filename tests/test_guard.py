@@ -36,9 +36,18 @@ def test_updates_skipped_in_a_row_are_trouble_and_others_are_not():
     assert (noticed, trouble.iteration, trouble.sound, trouble.batch) == (5, 4, 1, "batch 4")
 
 
+def test_what_is_sound_ends_before_the_first_of_the_updates_skipped_in_a_row():
+    guard, seen = make(max_skipped=3), []
+    guard.start(40, skipped=0)
+    for iteration, one in enumerate(skips([0, 1, 2, 2, 2]), 41):
+        seen.append(guard.sound)
+        assert guard.judge(iteration, None, one) is None
+    assert [*seen, guard.sound] == [40, 40, 41, 41, 41, 44]
+
+
 def test_a_resumed_run_counts_from_what_it_had_skipped():
     guard = make(max_skipped=1)
-    guard.start(skipped=7)
+    guard.start(0, skipped=7)
     assert not judge_all(guard, skips([7, 7]))
     assert judge_all(guard, skips([8]))
 

@@ -280,3 +280,11 @@ def test_run_info_says_what_ran_on_what(tmp_path, monkeypatch):
     assert info["versions"]["numpy"] == np.__version__
     assert info["devices"]["count"] == jax.device_count()
     assert info["devices"]["kind"] == jax.devices()[0].device_kind
+
+
+def test_a_new_run_moves_anothers_metrics_aside(tmp_path):
+    for loss in (1.0, 2.0, 3.0):
+        with open_records(tmp_path) as run:
+            run.write(10, {"loss": loss})
+    kept = {path.name: json.loads(path.read_text())["loss"] for path in tmp_path.glob("*.jsonl")}
+    assert kept == {"metrics.1.jsonl": 1.0, "metrics.2.jsonl": 2.0, "metrics.jsonl": 3.0}

@@ -96,7 +96,7 @@ def run(folder, name, workdir, *, stop_at=None, **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "phase_at", phase)
         config = configure(folder, name)
-        config.update(changes)
+        config.update_from_flattened_dict(changes)
         state = train(config, workdir)
     return state, iterations
 
@@ -134,6 +134,35 @@ def test_a_resumed_run_is_the_undisturbed_run_bit_by_bit(undisturbed, folder):
         (ours, facts), (theirs, same_facts) = (load_safetensors(path / exported) for path in (broken, workdir))
         assert facts == same_facts
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize("undisturbed", ["flow_matching"], indirect=True)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_resumed_run_logs_means_over_what_ran_before_it_was_broken_off(undisturbed, folder):
+    """Lines after 2, 4 and 6 iterations, a checkpoint after 3."""
+    name, workdir, _ = undisturbed
+    every_one, broken, every = read_log(workdir), folder / "logged_broken", {"log.every": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, name, broken, stop_at=5, **every)
+    run(folder, name, broken, **every)
+    pairs = zip(every_one[::2], every_one[1::2], strict=True)
+    means = [{key: float(np.mean([first[key], second[key]])) for key in second} for first, second in pairs]
+    assert read_log(broken) == [means | {"iteration": 2 * n} for n, means in enumerate(means, 1)]
+
+
+def test_a_folder_of_another_run_is_not_written_to(undisturbed, folder):
+    """Other losses up to where it stands, or weights without the checkpoint they came from."""
+    name, workdir, _ = undisturbed
+    files = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    config = configure(folder, name)
+    config.stages = {"flow_matching": "sct:8", "rcm": "rcm:3,scm:5"}[name]
+    with pytest.raises(UserError, match=rf"was trained with stages={RUNS[name]} up to iteration 6, and stages="):
+        train(config, workdir)
+    assert all(path.read_bytes() == content for path, content in files.items() if path.name != ".lock")
+    checkpoints = (workdir / "checkpoints").rename(workdir / "elsewhere")
+    with pytest.raises(UserError, match=r"student\.safetensors is of another run, which left no checkpoint"):
+        train(configure(folder, name), workdir)
+    checkpoints.rename(workdir / "checkpoints")
 
 
 @pytest.mark.parametrize("undisturbed", ["rcm"], indirect=True)
@@ -198,13 +227,25 @@ def test_a_finished_run_starts_no_iteration_again(undisturbed, folder):
     assert (workdir / "metrics.jsonl").read_bytes() == log
 
 
-def test_samples_are_recorded_as_videos_of_their_captions(folder):
+def test_samples_are_recorded_as_videos_of_the_captions_of_sound_records(folder, monkeypatch):
     workdir, config = folder / "samples", configure(folder, "rcm:1")
     config.log.update({"sample_every": 1, "samples": 2})
+    damaged = training.pipeline.open_source(config.data.name, config.data.dir, "train")
+    records = [dict(damaged[index]) for index in range(len(damaged))]
+    records[1]["latent"] = np.zeros((1, 2, 3, 1), np.float32)  # left out
+    monkeypatch.setattr(training.pipeline, "open_source", lambda *_: records)
+    config.sampling.mid_times = (1.4,)  # two steps at most
     train(config, workdir)
     events = b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
     assert events.count(b"GIF89a") == 2
     assert b"moving" in events
+
+
+def test_only_digits_can_be_shown(folder):
+    config = configure(folder, "rcm")
+    config.update_from_flattened_dict({"data.name": "wan", "log.sample_every": 5})
+    with pytest.raises(UserError, match=r"log\.sample_every=5 needs a decoder of 'wan': set it to 0"):
+        training.create_show(config, STUB, [], {})
 
 
 @pytest.mark.parametrize(
@@ -212,12 +253,21 @@ def test_samples_are_recorded_as_videos_of_their_captions(folder):
     [
         ("rcm", {"teacher.path": ""}, r"teacher\.path is empty: give the checkpoint of the model to distil"),
         ("flow_matching", {"model.preset": "wan3"}, r"model\.preset='wan3' must be one of digits, "),
-        ("flow_matching", {"log.sample_every": 1, "data.name": "wan"}, r"log\.sample_every=1 needs a decoder of 'wan'"),
-        ("flow_matching", {"mesh.fsdp": 3}, r"fsdp=3, context=1, tensor=1 does not cover 8 devices: set mesh\.data=-1"),
+        ("flow_matching", {"mesh.fsdp": 3}, r"fsdp=3, context=1, tensor=1 does not cover 8 devices: choose sizes"),
         (
             "flow_matching",
             {"data.batch_size": 12},
             r"data\.batch_size=12 must be a multiple of mesh\.data \* mesh\.fsdp = 8: set it to 16",
+        ),
+        (
+            "flow_matching",
+            {"data.batch_size": 24, "data.accumulate": 6},
+            r"data\.batch_size=24 must be a multiple of .* = 6 \* 8, .*: set data\.accumulate=3",
+        ),
+        (
+            "flow_matching",
+            {"model.preset": "wan2.1-t2v-1.3b"},
+            r"latents of \(8, 16, 16, 1\) do not fit model.preset='wan",
         ),
         ("rcm", {"teacher.path": "absent.safetensors"}, r"absent\.safetensors is not a file"),
         ("flow_matching", {"teacher.negative_path": "absent.safetensors"}, r"absent\.safetensors is not a file"),

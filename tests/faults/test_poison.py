@@ -93,9 +93,9 @@ def with_a_spike(write_records):
 def test_a_loss_out_of_proportion_stops_the_run_with_its_batch(with_a_spike, make_run):
     data, at = with_a_spike
     run = make_run("spike")
-    output = run.finish(data, "checkpoint.keep=1", code=HALTED)
+    output = run.finish(data, "checkpoint.keep=1", "checkpoint.every=16", code=HALTED)
     assert f"iteration {at}: loss_flow_matching is " in output
-    assert run.saved() == [30, at + 1]  # the last one before the trouble is not given up for the one after it
+    assert run.saved() == [16, at + 1]  # the last one before the trouble is not given up for those after it
     batch, _ = load_safetensors(run.workdir / "halted" / f"batch_{at}.safetensors")
     assert batch["latent"].max() == 1e4
 
@@ -103,11 +103,11 @@ def test_a_loss_out_of_proportion_stops_the_run_with_its_batch(with_a_spike, mak
 def test_a_run_may_roll_back_and_go_on_with_other_data(with_a_spike, make_run):
     data, at = with_a_spike
     run = make_run("rolled_back")
-    output = run.finish(data, "faults.rollbacks=1")
-    assert "rolled back to iteration 30, the data go on: loss_flow_matching is " in output
+    output = run.finish(data, "faults.rollbacks=1", "checkpoint.keep=1", "checkpoint.every=16")
+    assert "rolled back to iteration 16, the data go on: loss_flow_matching is " in output
     records = run.records()
     assert [record["iteration"] for record in records] == list(range(1, 41))
     assert max(record["loss"] for record in records) < 1e5
-    assert run.description(40)["position"] == {"next_index": 40 + at + 1 - 30}
+    assert run.description(40)["position"] == {"next_index": 40 + at + 1 - 16}
     assert (run.workdir / "halted" / f"batch_{at}.safetensors").exists()
     assert json.loads((run.workdir / "run.json").read_text())["config"]["faults"]["rollbacks"] == 1
