@@ -31,11 +31,13 @@ class SCMTerms(NamedTuple):
     teacher: Float[Array, "b t h w c"]
 
 
-def _sum(x: jax.Array) -> jax.Array:
+def sum_elements(x: jax.Array) -> jax.Array:
+    """The sum over all elements of each sample."""
     return x.sum(axis=tuple(range(1, x.ndim)))
 
 
-def _is_finite(x: jax.Array) -> jax.Array:
+def is_finite(x: jax.Array) -> jax.Array:
+    """Whether all elements of a sample are finite, one of each axis for it."""
     return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)), keepdims=True)
 
 
@@ -118,12 +120,12 @@ def scm(
 
     r = tangent_ratio
     g = -cos * jnp.sqrt(1.0 - (r * sin) ** 2) * (frozen_F - teacher_F) - (r * cos * sin * x_t + student_tF)
-    sound = _is_finite(g) & _is_finite(frozen_F)
+    sound = is_finite(g) & is_finite(frozen_F)
     g = jnp.where(sound, g, 0.0)
-    g = g / (jnp.sqrt(_sum(g * g)).reshape(sound.shape) + TANGENT_NORM_OFFSET)
+    g = g / (jnp.sqrt(sum_elements(g * g)).reshape(sound.shape) + TANGENT_NORM_OFFSET)
     # student_F - frozen_F is exactly 0 in value and carries the gradient.
     residual = jnp.where(sound, student_F - frozen_F, 0.0) - g
-    return _sum(residual**2), SCMTerms(frozen_F, student_tF, teacher_F)
+    return sum_elements(residual**2), SCMTerms(frozen_F, student_tF, teacher_F)
 
 
 def dcm_times(u_B: Float[Array, "b"], steps: int, shift: float) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
@@ -151,7 +153,7 @@ def dcm(
     x_next = x_t - step * lax.stop_gradient(teacher(x_t, t_B))
     target = lax.stop_gradient(denoise(frozen_student, x_next, t_next_B))
     difference = denoise(student, x_t, t_B) - target
-    return _sum(jnp.where(_is_finite(difference), difference, 0.0) ** 2)
+    return sum_elements(jnp.where(is_finite(difference), difference, 0.0) ** 2)
 
 
 def simulate(
@@ -198,10 +200,10 @@ def dmd(
     x0_teacher = lax.stop_gradient(denoise(teacher, x_t, t_B))
     weight = jnp.abs(frozen - x0_teacher).mean(axis=tuple(range(1, frozen.ndim)), keepdims=True)
     direction = (x0_fake - x0_teacher) / jnp.maximum(weight, MIN_DMD_WEIGHT)
-    sound = _is_finite(direction) & _is_finite(frozen)
+    sound = is_finite(direction) & is_finite(frozen)
     # generated - frozen is exactly 0 in value and carries the gradient.
     residual = jnp.where(sound, generated - frozen, 0.0) + jnp.where(sound, direction, 0.0)
-    return _sum(residual**2), x0_fake
+    return sum_elements(residual**2), x0_fake
 
 
 def critic(
@@ -216,17 +218,17 @@ def critic(
     """
     cos, sin = cos_sin(t_B, generated)
     error = fake(mix(generated, noise, t_B), t_B) - (cos * noise - sin * generated)
-    return _sum(jnp.where(_is_finite(error), error, 0.0) ** 2)
+    return sum_elements(jnp.where(is_finite(error), error, 0.0) ** 2)
 
 
 def gan_generator(logit_B: Float[Array, "b"]) -> Float[Array, "b"]:
     """The student's part of the GAN: -log sigmoid(logit), which does not saturate where the critic is sure (DMD2)."""
-    return _cross_entropy(logit_B, _is_finite(logit_B))
+    return _cross_entropy(logit_B, is_finite(logit_B))
 
 
 def gan_critic(real_logit_B: Float[Array, "b"], generated_logit_B: Float[Array, "b"]) -> Float[Array, "b"]:
     """The critic's part of the GAN: the cross-entropy of telling real data from generated data."""
-    sound = _is_finite(real_logit_B) & _is_finite(generated_logit_B)
+    sound = is_finite(real_logit_B) & is_finite(generated_logit_B)
     return _cross_entropy(real_logit_B, sound) + _cross_entropy(-generated_logit_B, sound)
 
 
@@ -244,4 +246,4 @@ def flow_matching(
     """Rectified-flow regression ||v - (eps - x0)||^2, with v = (cos t + sin t) F - (cos t - sin t) x_t."""
     cos, sin = cos_sin(t_B, x0)
     error = (cos + sin) * (net(mix(x0, noise, t_B), t_B) - (cos * noise - sin * x0))
-    return _sum(jnp.where(_is_finite(error), error, 0.0) ** 2)
+    return sum_elements(jnp.where(is_finite(error), error, 0.0) ** 2)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key
 
+from rcm_jax.losses import is_finite, sum_elements
 from rcm_jax.trigflow import WHOLE_RANGE, Range, Velocity, draw_lognormal, rf_from_trig
 
 # (x_BTHWC, s_B, span_B) -> an array like x. A network's conditioning is closed over.
@@ -40,9 +41,7 @@ def mean_flow_loss(
     ones = jnp.ones_like(s_B)  # s - span stays where it is
     u, du_ds = jax.jvp(student, (x_s, s_B, span_B), (v, ones, ones))
     error = u - lax.stop_gradient(v - tangent_ratio * span * du_ds)
-    axes = tuple(range(1, error.ndim))
-    error = jnp.where(jnp.isfinite(error).all(axis=axes, keepdims=True), error, 0.0)
-    square = (error**2).sum(axis=axes)
+    square = sum_elements(jnp.where(is_finite(error), error, 0.0) ** 2)
     return square / lax.stop_gradient(square + NORM_OFFSET) ** power
 
 
