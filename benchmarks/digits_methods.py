@@ -3,14 +3,17 @@
     python -m benchmarks.digits_methods --out=benchmarks/results/digits_methods.json --workdir=runs/digits_methods \
         --figure=docs/digits_scm.png
 
-rCM, sCM alone and DMD alone, which have the same network evaluations, learning rate and batch: half an hour on two CPU
-cores for three seeds. `--methods` names others. What is done already is not done again. Prints a Markdown table of
-means and, behind each, half the spread between the least and the greatest seed. The figure is sCM's loss in each run.
+rCM, sCM alone and DMD alone, which have the same learning rate and batch and about the same network evaluations: half
+an hour on two CPU cores for three seeds. `--methods` names others. What is done already is not done again. Prints a
+Markdown table of means and, behind each, half the spread between the least and the greatest seed. The figure is sCM's
+loss in each run.
 """
 
 import argparse
 import json
 import platform
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +55,8 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_compilations()
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}}
-    results["machine"] = {"cpu": platform.processor(), "device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    results["command"] = "python -m benchmarks.digits_methods"
+    results["machine"] = {"cpu": platform.machine(), "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    results["command"] = shlex.join(["python", "-m", "benchmarks.digits_methods", *sys.argv[1:]])
     judge = evaluation.load_judge("data")
     if "teacher" not in results:
         results["real"] = evaluation.real_floor(judge, "data", 80 * arguments.per_caption)

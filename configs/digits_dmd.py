@@ -14,7 +14,7 @@ from configs import digits_rcm
 
 
 def get_config() -> ConfigDict:
-    """The rCM recipe with its second loss alone, for the same number of network evaluations."""
+    """The rCM recipe with its second loss alone, for about the same number of network evaluations."""
     config = digits_rcm.get_config()
     config.stages = "dmd:926"
     config.optimizer.update({"decay_from": 240, "decay_to": 463})

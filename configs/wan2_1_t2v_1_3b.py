@@ -5,8 +5,8 @@
         --config.data.dir=DIR --config.data.name=FOLDER
 
 The data are TFDS records of latents (21, 60, 104, 16), umT5 embeddings (512, 4096) and prompts, which launch.precompute
-makes of videos, captions or official shards, negative.safetensors among them; the teacher is one safetensors file with
-Wan's tensor names. Each device of the mesh's data axis trains on whole videos.
+makes of videos, captions or official shards, negative.safetensors among them; the teacher is a checkpoint in any layout
+that launch.convert reads. Each device of the mesh's data axis trains on whole videos.
 
 Hyper-parameters are those of the official code. The recipe has not been run: its whole state is built, by shape, in the
 tests.
@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.loss.update(
         {
             "scm_weight": 100.0,
-            # Of dmd2: 0.03 and 0.01 where losses are means over the 2.1 million elements of a latent.
+            # Of dmd2: 0.024 and 0.01 where losses are means over the 2.1 million elements of a latent.
             "gan_weight": 1e5,
             "gan_critic_weight": 2e4,
             "tangent_warmup": 1000,

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from rcm_jax.config import UserError
 from rcm_jax.methods import Recipe
 from rcm_jax.models.blocks import Remat
 from rcm_jax.models.wan import WanConfig
@@ -35,6 +36,8 @@ def step_operations(one: Operations, phase: Phase, recipe: Recipe, remat: Remat 
     """TFLOP of one sample's part of an update, on average over the lengths of the backward simulation.
 
     With `remat`, what the backward pass makes again counts too.
+
+    Raises UserError for a loss whose cost is not known.
     """
     made_again = {"attention": one.linear, "offload": one.linear, "block": one.forward}  # see models/blocks.py
     again = made_again.get(remat or "none", 0.0)
@@ -61,6 +64,8 @@ def step_operations(one: Operations, phase: Phase, recipe: Recipe, remat: Remat 
         "dmd": simulation + learn + one.forward + teacher,
         "gan": judge - 0.5 * one.forward - 0.5 * one.linear,  # the forward pass is DMD's, the weights do not learn
     }
+    if unknown := phase.losses - parts.keys():
+        raise UserError(f"what {min(unknown)} costs is not known: add it to step_operations in rcm_jax/costs.py")
     return sum(parts[name] for name in phase.losses)
 
 

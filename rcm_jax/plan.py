@@ -54,13 +54,18 @@ def compile_steps(
 
     `latent_size` is (T, H, W). `progress` is called with the seconds since the start, now and then.
 
-    Raises UserError for a config that does not fit the devices, or devices whose rates are not known.
+    Raises UserError, before anything is compiled, for a config that does not fit the devices or the video, and for
+    devices or losses whose rates or costs are not known.
     """
     chip, mesh = chip_of(devices[0]), sharding.make_mesh(**config.mesh, devices=devices)
     train.check_batch_size(config, mesh)
     check_host_memory(config, mesh)
-    latent_shape = (*latent_size, PRESETS[config.model.preset].in_channels)
-    phases = count_phases(config)
+    preset = train.get_preset(config.model.preset)
+    latent_shape = (*latent_size, preset.in_channels)
+    train.check_shapes(config.model.preset, latent_shape, (preset.text_length, preset.text_dim))
+    phases, recipe = count_phases(config), train.make_recipe(config, latent_shape)
+    for phase in phases:
+        step_operations(pass_operations(preset, preset.tokens(latent_shape)), phase, recipe)
     start = time.monotonic()
     with ThreadPoolExecutor(len(phases)) as pool:
         pending = {pool.submit(lower_step(config, mesh, latent_shape, phase).compile): phase for phase in phases}

@@ -12,6 +12,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rcm_jax.config import UserError
 from rcm_jax.costs import pass_operations, received_bytes, step_operations
 from rcm_jax.models.functional import functional
 from rcm_jax.models.wan import Wan, WanConfig
@@ -123,6 +124,12 @@ def compile_loop(collective, devices, steps=LENGTH) -> str:
 
 
 @pytest.mark.parametrize("kind", PROGRAMS)
+def test_a_loss_of_unknown_cost_is_named():
+    one = pass_operations(PRESETS["digits"], 64)
+    with pytest.raises(UserError, match=r"what ict costs is not known: add it to step_operations in rcm_jax/costs\.py"):
+        step_operations(one, Phase("student", frozenset({"dmd", "ict"}), 1.0), Recipe())
+
+
 def test_communication_of_a_loop_on_cpus(kind):
     collective, expected = PROGRAMS[kind]
     assert received_bytes(compile_loop(collective, jax.devices()), 0.0) == {kind: LENGTH * expected}

@@ -3,7 +3,6 @@
 import functools
 import re
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -211,11 +210,11 @@ def test_dmd2_with_lora_updates_adapters_and_the_head_alone():
 
 def test_the_method_that_the_documentation_adds_is_zero_for_a_consistent_student_alone():
     """v = x / s takes every x for noise around 0; v = 0 does not."""
-    code = re.findall(
-        r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "methods.md").read_text(), re.DOTALL
-    )[0]
-    scope: dict[str, Any] = {}
-    exec(code, scope)
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    (method, recipe), scope = re.findall(r"```python\n(.*?)```", page, re.DOTALL), {}
+    exec(method, scope)
+    exec(recipe, scope)
+    assert scope["get_config"]().stages == "ict:17000"
     state = create_state({}, None, optax.identity(), None)
     draws = {"noise": normal(2, *X.shape), "u": jnp.array([0.2, 0.7])}
 

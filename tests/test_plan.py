@@ -129,6 +129,7 @@ def test_what_numbers_of_gpus_leave_out_is_said(hosts, memory, notes):
             "model.remat=offload needs the memory",
             marks=pytest.mark.cuda,
         ),
+        (["--topology=v5e:2x4", "--latent", "8", "17", "16"], "latents of (8, 17, 16, 1) do not fit model.preset="),
         ([], "the peak rates of 'cpu' are not known: name TPUs or GPUs with --topology"),
     ],
 )
