@@ -98,6 +98,12 @@ def test_operations_of_a_critic_update():
     assert math.isclose(step_operations(one, phase, Recipe(simulation_steps=1)), 2 * one.forward + one.gradient)
 
 
+def test_a_loss_of_unknown_cost_is_named():
+    one = pass_operations(PRESETS["digits"], 64)
+    with pytest.raises(UserError, match=r"what ict costs is not known: add it to step_operations in rcm_jax/costs\.py"):
+        step_operations(one, Phase("student", frozenset({"dmd", "ict"}), 1.0), Recipe())
+
+
 # What each device of a ring must receive at the least, of operands of BYTES on each.
 PROGRAMS = {
     "all-reduce": (lambda x: lax.psum(x, "i"), 2 * 7 / 8 * BYTES),
@@ -124,12 +130,6 @@ def compile_loop(collective, devices, steps=LENGTH) -> str:
 
 
 @pytest.mark.parametrize("kind", PROGRAMS)
-def test_a_loss_of_unknown_cost_is_named():
-    one = pass_operations(PRESETS["digits"], 64)
-    with pytest.raises(UserError, match=r"what ict costs is not known: add it to step_operations in rcm_jax/costs\.py"):
-        step_operations(one, Phase("student", frozenset({"dmd", "ict"}), 1.0), Recipe())
-
-
 def test_communication_of_a_loop_on_cpus(kind):
     collective, expected = PROGRAMS[kind]
     assert received_bytes(compile_loop(collective, jax.devices()), 0.0) == {kind: LENGTH * expected}
