@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import math
-import os
 import pickle
 import shutil
 import weakref
@@ -20,11 +19,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-import tensorstore
 from flax import traverse_util
 
 from launch.convert import main
-from rcm_jax import checkpoint, integrity
+from rcm_jax import checkpoint
 from rcm_jax.checkpoint import Checkpoints, load_safetensors
 from rcm_jax.config import UserError
 from rcm_jax.convert import conversion, families, tensors, writing
@@ -196,15 +194,6 @@ def test_an_orbax_checkpoint_is_opened_by_checkpoints_and_holds_the_networks_par
     assert_matches(restored["params"], arrays)
 
 
-def test_the_fingerprint_of_a_stacked_array_is_that_of_its_layers_in_slabs(monkeypatch):
-    monkeypatch.setattr(integrity, "SLAB", 10)
-    for dtype in (np.float32, BF16):
-        array = np.random.default_rng(0).standard_normal((3, 7, 4)).astype(dtype)
-        whole = integrity.fingerprints({"x": jax.numpy.asarray(array), "y": jax.numpy.asarray(array[0, :, 0])})
-        assert integrity.join_lanes(integrity.part_lanes(layer, n) for n, layer in enumerate(array)) == whole["x"]
-        assert integrity.join_lanes([integrity.part_lanes(array[0, :, 0], None)]) == whole["y"]
-
-
 def assert_matches(params, arrays):
     """That parameters of ours are Wan's tensors."""
     flat = traverse_util.flatten_dict(params, sep=".")
@@ -244,74 +233,6 @@ def test_a_runs_checkpoint_gives_its_ema_or_another_part(tmp_path, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, load_params(target, network()), networks[expected])
     with pytest.raises(UserError, match=r"checkpoints/3 has no --part fake: choose one of ema, student"):
         convert(tmp_path / "run", tmp_path / "x.pth", model="wan2.1-t2v-small", to="rcm", part="fake")
-
-
-def rewrite(path: Path, change):
-    """As a failing disk does: the file's time remains."""
-    times = path.stat()
-    path.write_bytes(change(path.read_bytes()))
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-CHUNK = "0/state/params/blocks/ffn/up/kernel/1.0.0"
-DAMAGES = {
-    "missing": lambda folder: (folder / CHUNK).unlink(),
-    "one bit": lambda folder: rewrite(folder / CHUNK, lambda data: bytes([data[0] ^ 1]) + data[1:]),
-    "cut": lambda folder: rewrite(folder / CHUNK, lambda data: data[:-1]),
-    "swapped": lambda folder: shutil.copy((folder / CHUNK).with_name("0.0.0"), folder / CHUNK),
-    "shape": lambda folder: rewrite((folder / CHUNK).with_name(".zarray"), lambda data: data.replace(b"2,", b"3,", 1)),
-    "dtype": lambda folder: rewrite((folder / CHUNK).with_name(".zarray"), lambda data: data.replace(b"<f4", b"<i4")),
-    "no array": lambda folder: shutil.rmtree((folder / CHUNK).parent),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_orbax_checkpoint_is_read_by_nobody(damage, written, tmp_path):
-    """What misses would be zeros, by the rules of zarr."""
-    shutil.copytree(written[0] / "our", tmp_path / "our")
-    DAMAGES[damage](tmp_path / "our")
-    message = (
-        rf"{tmp_path}/our/0/state has an array params/blocks/ffn/up/kernel that is not what was saved, .*: restore"
-    )
-    with pytest.raises(UserError, match=message):
-        convert(tmp_path / "our", tmp_path / "x.pth", model="wan2.1-t2v", to="rcm")
-    assert not (tmp_path / "x.pth").exists()
-    with pytest.raises(UserError, match=message):
-        load_params(tmp_path / "our", network())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda facts: facts | {"fingerprints": {}}, "description is not the one that was written: restore it"),
-        (lambda facts: integrity.seal({"leaves": facts["leaves"]}), "is no complete checkpoint"),
-        (lambda facts: list(facts), "is no complete checkpoint"),
-    ],
-)
-def test_an_orbax_checkpoint_of_another_description_is_refused(change, message, written, tmp_path):
-    shutil.copytree(written[0] / "our", tmp_path / "our")
-    rewrite(tmp_path / "our/0/description/metadata", lambda data: json.dumps(change(json.loads(data))).encode())
-    with pytest.raises(UserError, match=message):
-        open_source(tmp_path / "our")
-
-
-def test_a_runs_checkpoint_with_a_changed_element_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(PRESETS, "wan2.1-t2v-small", CONFIG)
-    params = jax.tree.map(lambda leaf: jax.numpy.ones(leaf.shape), network().abstract_params())
-    checkpoints = Checkpoints(tmp_path / "run", keep=1, every=1)
-    checkpoints.save(3, {"student": params}, None)
-    checkpoints.close()
-    leaf = open_source(tmp_path / "run").leaves["blocks.norm3.scale"]
-    tensorstore.open({"driver": "zarr", "kvstore": dict(leaf.store)}).result()[1, 5].write(2).result()
-    with pytest.raises(
-        UserError, match=r"run/3/state has an array student/blocks/norm3/scale that is not what was saved"
-    ):
-        convert(tmp_path / "run", tmp_path / "x.pth", model="wan2.1-t2v-small", to="rcm")
-
-
-def test_a_scalar_has_a_fingerprint():
-    whole = integrity.fingerprints({"x": jax.numpy.float32(3)})
-    assert integrity.join_lanes([integrity.part_lanes(np.array(3, np.float32), None)]) == whole["x"]
 
 
 def test_converted_weights_of_the_official_net_give_its_output(golden, tmp_path, monkeypatch):
@@ -581,24 +502,6 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(to, written, tmp_pat
     assert len(arrays) - done <= len(writes) <= len(arrays) - done + 6
     assert files(target) == files(folder / FORMATS[to])
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
-
-
-def test_what_an_interrupted_run_had_read_of_an_orbax_checkpoint_is_checked_as_well(
-    written, tmp_path, monkeypatch, capsys
-):
-    """The first run has written one damaged layer of two before it finds the damage; the second reads the other."""
-    monkeypatch.setattr(writing, "SYNC_BYTES", 1)
-    shutil.copytree(written[0] / "our", tmp_path / "our")
-    rewrite((tmp_path / "our" / CHUNK).with_name("0.0.0"), lambda data: bytes([data[0] ^ 1]) + data[1:])
-    for _ in range(2):
-        with pytest.raises(UserError, match="is not what was saved"):
-            convert(tmp_path / "our", tmp_path / "x.pth", model="wan2.1-t2v", to="rcm")
-        assert not (tmp_path / "x.pth").exists()
-    shutil.rmtree(tmp_path / "our")
-    shutil.copytree(written[0] / "our", tmp_path / "our")  # with the times that the files had
-    convert(tmp_path / "our", tmp_path / "x.pth", model="wan2.1-t2v", to="rcm")
-    assert "went on" not in capsys.readouterr().out
-    assert files(tmp_path / "x.pth") == files(written[0] / "rcm.pth")
 
 
 @pytest.mark.parametrize("from_", ["wan", "orbax"])

@@ -22,7 +22,6 @@ import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
-from google.protobuf.json_format import ParseError
 from jaxtyping import Float, Int, UInt8
 from sklearn import datasets
 
@@ -336,7 +335,9 @@ def build(data_dir: str | os.PathLike, *, variant: Variant = DIGITS, limit: int 
     new_builder = functools.partial(BUILDERS[variant], data_dir=data_dir, config=config, file_format="array_record")
     try:
         builder = new_builder()
-    except (ParseError, ValueError) as error:  # of dataset_info.json
+    except OSError:
+        raise
+    except Exception as error:  # whatever TFDS makes of a damaged dataset_info.json
         folder, cause = Path(data_dir) / variant.name, type(error).__name__
         raise UserError(f"{folder} holds a damaged data set ({cause}): remove it, and it is built again") from error
     info = builder.data_path / "dataset_info.json"
