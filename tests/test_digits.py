@@ -256,6 +256,12 @@ def test_word_vectors_have_unit_variance_and_point_apart():
     assert np.abs(cosine_WW).max() < 0.85
 
 
+def test_a_prompt_in_latin_1_is_refused():
+    """As Python gives a word of the command line that is not UTF-8."""
+    with pytest.raises(UserError, match=r"a prompt is not text in UTF-8 where it says 'caf\\udce9': give it in UTF-8"):
+        text.encode(["a three", "caf\udce9"])
+
+
 def test_captions_can_be_told_apart_by_their_text():
     flat = text.encode(digits.captions()).reshape(80, -1)
     distance = np.linalg.norm(flat[:, None] - flat[None], axis=-1) + 100 * np.eye(80)
