@@ -173,6 +173,16 @@ def test_a_lora_is_added_to_the_layers_it_names(scale, dtype, named, metadata, a
             np.testing.assert_array_equal(merged[name], array)
 
 
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf", "1e+39"])
+@pytest.mark.parametrize("merge", [["--lora", "a"], ["--add-delta", "a", "b"]])
+def test_a_scale_that_is_no_number_of_float32_is_refused(merge, scale, tmp_path, capsys):
+    words = [tmp_path / "x", tmp_path / "out.pth", "--model=wan2.1-t2v", "--to=rcm", *merge, f"--scale={scale}"]
+    with pytest.raises(SystemExit):
+        main([*map(str, words)])
+    assert f"--scale {scale} must be a finite number: give one such as 0.5" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_plain_differences_in_a_lora_file_are_added():
     arrays = {"norm3.weight": np.ones(3, np.float32), "ffn.0.bias": np.zeros(2, np.float32)}
     lora = {
