@@ -6,6 +6,7 @@ small .pth archive. A tensor is put together from its parts when it is read.
 
 import itertools
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ def _region(folder: Path, info: dict[str, Any]) -> Region:
         raise refusal(path, f"names {named}, which is not a file beside it", "fetch it from its author")
     if info.get("transform_descriptors"):
         raise refusal(path, f"holds compressed or encrypted parts in {name}", "save it without extensions")
-    if not (folder / name).is_file():
+    if not os.path.isfile(folder / name):  # unlike Path's, false for a name that is too long
         raise refusal(path, f"names {name}, which is not there", "fetch the missing file")
     if not is_counts([offset, length]) or offset + length > (folder / name).stat().st_size:
         raise refusal(folder / name, "is shorter than .metadata says", "fetch it again")
