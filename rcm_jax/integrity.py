@@ -40,6 +40,8 @@ def part_lanes(part: np.ndarray, layer: int | None) -> list[int]:
     """
     start = jnp.array(_LANES, jnp.uint32)
     start = start if layer is None else _scramble(start ^ jnp.uint32(layer))
+    if not part.ndim:
+        return _sum(part, start, jnp.uint32(0)).tolist()
     rows = max(1, SLAB * len(part) // max(part.size, 1))
     slabs = [_sum(part[first : first + rows], start, jnp.uint32(first)).tolist() for first in range(0, len(part), rows)]
     return [sum(lane) % 2**32 for lane in zip((0, 0), *slabs, strict=True)]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from rcm_jax.config import UserError
+from rcm_jax.plain_text import check_text, read_text
 
 LayoutName = Literal["vbench", "vbench2", "geneval"]
 LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
@@ -123,15 +124,8 @@ def _check_names(shots: list[Shot]) -> None:
             raise UserError(f"prompts {other!r} and {shot.prompt!r} share the name {shot.path.name}: leave one out")
 
 
-def _read_text(option: str, path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{option} {path} cannot be read as text: {error}") from None
-
-
 def _with_captions(entries: list[_Entry], path: Path, prompt_file: Path) -> list[_Entry]:
-    lines = [line.strip() for line in _read_text("--captions", path).splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path, "--captions").splitlines() if line.strip()]
     if len(lines) != len(entries):
         raise UserError(
             f"--captions {path} has {len(lines)} lines, {prompt_file} has {len(entries)} prompts: give a line for each"
@@ -140,7 +134,7 @@ def _with_captions(entries: list[_Entry], path: Path, prompt_file: Path) -> list
 
 
 def _read_entries(layout: LayoutName, path: Path) -> Iterator[_Entry]:
-    text = _read_text("--prompt-file", path)
+    text = read_text(path, "--prompt-file")
     if layout == "geneval":
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():
@@ -173,10 +167,10 @@ def _text(path: Path, row: Any, key: str) -> str:
     value = row.get(key) if isinstance(row, dict) else None
     if not (isinstance(value, str) and value.strip()):
         raise UserError(f"--prompt-file {path} has an entry without {key!r}: give the benchmark's own file")
-    return value.strip()
+    return check_text(value.strip(), f"--prompt-file {path} has an entry whose {key!r}")
 
 
 def _folder(path: Path, name: str) -> str:
     if "/" in name or name.startswith("."):
         raise UserError(f"--prompt-file {path} has the dimension {name!r}, which makes no folder: correct it")
-    return name
+    return check_text(name, f"--prompt-file {path} has a dimension that")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcm_jax.config import UserError
+from rcm_jax.plain_text import read_text
 from rcm_jax.published import (
     FEW_STEPS,
     FRAME_FACTOR,
@@ -131,12 +132,7 @@ def check_size(text: str, block: int, image: Any = None) -> tuple[int, int]:
 
 def read_prompts(path: str | None) -> list[str]:
     """The lines of a text file that are not blank; none of no file. Raises UserError if it is not text."""
-    if path is None:
-        return []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt-file {path} cannot be read as text: {error}") from None
+    lines = [] if path is None else read_text(Path(path), "--prompt-file").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import pickle
+import shutil
 import weakref
 import zipfile
 from collections import OrderedDict
@@ -21,7 +22,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from launch.convert import main
-from rcm_jax import checkpoint, integrity
+from rcm_jax import checkpoint
 from rcm_jax.checkpoint import Checkpoints, load_safetensors
 from rcm_jax.config import UserError
 from rcm_jax.convert import conversion, families, tensors, writing
@@ -191,15 +192,6 @@ def test_an_orbax_checkpoint_is_opened_by_checkpoints_and_holds_the_networks_par
     checkpoints.close()
     assert iteration == 0
     assert_matches(restored["params"], arrays)
-
-
-def test_the_fingerprint_of_a_stacked_array_is_that_of_its_layers_in_slabs(monkeypatch):
-    monkeypatch.setattr(integrity, "SLAB", 10)
-    for dtype in (np.float32, BF16):
-        array = np.random.default_rng(0).standard_normal((3, 7, 4)).astype(dtype)
-        whole = integrity.fingerprints({"x": jax.numpy.asarray(array), "y": jax.numpy.asarray(array[0, :, 0])})
-        assert integrity.join_lanes(integrity.part_lanes(layer, n) for n, layer in enumerate(array)) == whole["x"]
-        assert integrity.join_lanes([integrity.part_lanes(array[0, :, 0], None)]) == whole["y"]
 
 
 def assert_matches(params, arrays):
@@ -510,6 +502,23 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(to, written, tmp_pat
     assert len(arrays) - done <= len(writes) <= len(arrays) - done + 6
     assert files(target) == files(folder / FORMATS[to])
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+@pytest.mark.parametrize("from_", ["wan", "orbax"])
+def test_a_conversion_into_its_sources_own_folder_goes_on_whatever_else_is_written_there(
+    from_, written, tmp_path, monkeypatch, capsys
+):
+    source = tmp_path / "run"
+    shutil.copytree(written[0] / FORMATS[from_], source)
+    words = dict(source=source, target=source / "x.pth", model="wan2.1-t2v", to="rcm")
+    interrupt(monkeypatch, 9, **words)
+    if from_ == "orbax":
+        (source / "metrics.jsonl").write_text("{}")
+        (source / "tensorboard").mkdir()
+        (source / "tensorboard" / "events").write_text("more")
+    convert(**words)
+    assert "went on after the 9 tensors" in capsys.readouterr().out
+    assert files(source / "x.pth") == files(written[0] / "rcm.pth")
 
 
 @pytest.mark.parametrize("change", ["source", "option", "journal", "content"])

@@ -134,6 +134,7 @@ def index(weight_map: Any) -> bytes:
         (index({"a": "../x.safetensors"}), "names '../x.safetensors', which is not a file beside it"),
         (index({"a": "/etc/passwd"}), "names '/etc/passwd', which is not a file beside it"),
         (index({"a": ".."}), "names '..', which is not a file beside it"),
+        (index({"a": "y" * 300}), f"names {'y' * 300}, which is not there: fetch the missing file"),
         (index({"a": "y.safetensors"}), "names y.safetensors, which is not there: fetch the missing file"),
         (index({"a": "x.safetensors"}), "disagrees with x.safetensors on empty, half, scalar"),
         (index(dict.fromkeys([*ARRAYS, "more"], "x.safetensors")), "disagrees with x.safetensors on more"),
@@ -449,7 +450,16 @@ BOXES = [((0, 0), (4, 4)), ((0, 4), (1, 2)), ((1, 4), (3, 2))]
 
 
 def write_dcp(
-    folder: Path, torch_classes, boxes=BOXES, *, file="__0_0.distcp", size=(4, 6), grow=0, extra=None, protocol=4
+    folder: Path,
+    torch_classes,
+    boxes=BOXES,
+    *,
+    file="__0_0.distcp",
+    fqn="net.w",
+    size=(4, 6),
+    grow=0,
+    extra=None,
+    protocol=4,
 ):
     """A distributed checkpoint of one tensor in parts, as torch writes it."""
     t = torch_classes
@@ -462,7 +472,7 @@ def write_dcp(
         # one tensor instead of a dict of it
         pickled = b"\x80\x02" + pickled[pickled.index(b"ctorch._utils") : -2] + b"."
         archive = pth(pickled, folder / "part", stored).read_bytes()
-        index = t.MetadataIndex("net.w", t.Size(offsets), number)
+        index = t.MetadataIndex(fqn, t.Size(offsets), number)
         storage[index] = t._StorageInfo(file, len(data), len(archive) + grow)
         chunks.append(t.ChunkStorageMetadata(t.Size(offsets), t.Size(sizes)))
         data += archive
@@ -501,12 +511,34 @@ def test_a_member_of_an_enum_may_be_named_by_getattr_and_nothing_else(protocol, 
         ({"size": (4, 7)}, "has parts of net.w that do not make up its shape"),
         ({"size": (3, 8)}, "has parts of net.w that do not make up its shape"),
         ({"file": "../__0_0.distcp"}, "names '../__0_0.distcp', which is not a file beside it"),
+        ({"file": "y" * 300}, f"names {'y' * 300}, which is not there: fetch the missing file"),
         ({"file": "__1_0.distcp"}, "names __1_0.distcp, which is not there: fetch the missing file"),
         ({"extra": {"x": Call(os.system, "id")}}, "names posix.system, which no weights need, and is not run"),
     ],
 )
 def test_a_distributed_checkpoint_that_lies_is_refused(change, part, tmp_path, torch_classes):
     folder = write_dcp(tmp_path / "x.dcp", torch_classes, **change)
+    with pytest.raises(UserError) as error:
+        open_source(folder)
+    assert str(error.value).startswith(f"{folder / '.metadata'} {part}")
+
+
+@pytest.mark.parametrize(("width", "levels"), [(2, 60), (1, 5000)])
+@pytest.mark.parametrize(
+    ("field", "part"),
+    [
+        ("file", "names an object of type tuple, which is not a file beside it"),
+        ("fqn", "lacks what a checkpoint needs (TypeError)"),
+    ],
+)
+def test_a_name_that_could_not_be_printed_is_not(field, part, width, levels, tmp_path, torch_classes):
+    """Tuples of the same tuple twice, 60 levels deep, would print 2^60 items; 5000 levels exceed Python's stack."""
+    folder = write_dcp(tmp_path / "x.dcp", torch_classes, protocol=2, **{field: "ENDLESS"})
+    level = b"q\xc8" + b"h\xc8" * (width - 1) + (b"\x85", b"\x86")[width - 1]  # memoise, get it again, tuple
+    metadata = (folder / ".metadata").read_bytes()
+    endless = metadata.replace(b"X\7\0\0\0ENDLESS", b")" + level * levels)
+    assert len(endless) > len(metadata)
+    (folder / ".metadata").write_bytes(endless)
     with pytest.raises(UserError) as error:
         open_source(folder)
     assert str(error.value).startswith(f"{folder / '.metadata'} {part}")

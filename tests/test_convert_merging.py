@@ -173,6 +173,16 @@ def test_a_lora_is_added_to_the_layers_it_names(scale, dtype, named, metadata, a
             np.testing.assert_array_equal(merged[name], array)
 
 
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf", "1e+39"])
+@pytest.mark.parametrize("merge", [["--lora", "a"], ["--add-delta", "a", "b"]])
+def test_a_scale_that_is_no_number_of_float32_is_refused(merge, scale, tmp_path, capsys):
+    words = [tmp_path / "x", tmp_path / "out.pth", "--model=wan2.1-t2v", "--to=rcm", *merge, f"--scale={scale}"]
+    with pytest.raises(SystemExit):
+        main([*map(str, words)])
+    assert f"--scale {scale} must be a finite number: give one such as 0.5" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_plain_differences_in_a_lora_file_are_added():
     arrays = {"norm3.weight": np.ones(3, np.float32), "ffn.0.bias": np.zeros(2, np.float32)}
     lora = {
@@ -182,6 +192,28 @@ def test_plain_differences_in_a_lora_file_are_added():
     merged = merging.add_lora(lazy(arrays), lazy(lora), {}, 0.5, lambda name: name)
     np.testing.assert_array_equal(merged["norm3.weight"].read(), [1.5, 2, 2.5])
     np.testing.assert_array_equal(merged["ffn.0.bias"].read(), [2, 3])
+
+
+@pytest.mark.parametrize("name", ["lora_B.bias", "lora_B.default.bias"])
+@pytest.mark.parametrize(
+    ("alpha", "metadata", "factor"),
+    [
+        ({}, {}, 1),
+        ({"transformer.ffn.0.alpha": np.array(6, np.float32)}, {}, 2),
+        ({}, {"transformer.lora_alpha": 12}, 4),
+    ],
+)
+def test_a_bias_of_the_upper_matrix_is_scaled_as_the_matrix(name, alpha, metadata, factor):
+    """PEFT adds lora_B(lora_A(x)) * alpha / rank, its bias included; a diff_b is added as it is."""
+    base = {"ffn.0.weight": np.zeros((2, 4), np.float32), "ffn.0.bias": np.array([1, 2], np.float32)}
+    down, up, bias = np.ones((3, 4), np.float32), np.ones((2, 3), np.float32), np.array([10, 20], np.float32)
+    lora = {"transformer.ffn.0.lora_A.weight": down, "transformer.ffn.0.lora_B.weight": up}
+    lora |= {f"transformer.ffn.0.{name}": bias, "transformer.ffn.0.diff_b": np.array([100, 200], np.float32)} | alpha
+    notes = {"lora_adapter_metadata": json.dumps(metadata)}
+    merged = merging.add_lora(lazy(base), lazy(lora), notes, 0.5, lambda name: name)
+    x = np.array([1, 2, 3, 4], np.float32)
+    np.testing.assert_array_equal(merged["ffn.0.weight"].read() @ x, 0.5 * factor * up @ (down @ x))
+    np.testing.assert_array_equal(merged["ffn.0.bias"].read(), [1 + 5 * factor + 50, 2 + 10 * factor + 100])
 
 
 def add(lora: dict, metadata: dict | None = None):
@@ -207,6 +239,13 @@ def pair(name=Q, rank=2, in_dim=128, out_dim=128):
         (pair(in_dim=5), {}, "matrices of (128, 2) and (2, 5) for the shape (128, 128) of blocks.0.self_attn.q.weight"),
         (pair(rank=0), {}, "matrices of (128, 0) and (0, 128)"),
         (pair() | {f"{Q}.alpha": np.ones(2)}, {}, "more than one alpha of blocks.0.self_attn.q.weight"),
+        (
+            pair() | {f"{Q}.diff": np.ones((128, 128))},
+            {},
+            "matrices beside a difference of blocks.0.self_attn.q.weight",
+        ),
+        (pair() | {f"{Q}.lora_B.bias": np.ones(3)}, {}, "bias of (3,) for the bias of (128,) of blocks.0.self_attn.q"),
+        ({f"{Q}.lora_B.bias": np.ones(128)}, {}, "missing down matrix of blocks.0.self_attn.q.weight"),
         (pair(), {"lora_adapter_metadata": '{"transformer.use_rslora": true}'}, "uses use_rslora, which is not supp"),
         (pair(), {"lora_adapter_metadata": "{"}, "must hold valid JSON"),
     ],

@@ -195,6 +195,13 @@ def test_building_again_reads_what_is_there(tmp_path, capfd):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_a_built_data_set_that_was_damaged_is_named(tmp_path):
+    info = digits.build(tmp_path, limit=1).data_path / "dataset_info.json"
+    info.write_bytes(info.read_bytes()[:100])
+    with pytest.raises(UserError, match=rf"{tmp_path}/digits holds a damaged data set \(ParseError\): remove it, and"):
+        digits.build(tmp_path, limit=1)
+
+
 def test_an_interrupted_build_leaves_nothing_and_the_next_one_succeeds(tmp_path, monkeypatch):
     def stop(*args, **kwargs):
         yield next(film(*args, **kwargs))
@@ -247,6 +254,12 @@ def test_word_vectors_have_unit_variance_and_point_apart():
     cosine_WW = np.corrcoef(vector_WD)
     np.fill_diagonal(cosine_WW, 0)
     assert np.abs(cosine_WW).max() < 0.85
+
+
+def test_a_prompt_in_latin_1_is_refused():
+    """As Python gives a word of the command line that is not UTF-8."""
+    with pytest.raises(UserError, match=r"a prompt is not text in UTF-8 where it says 'caf\\udce9': give it in UTF-8"):
+        text.encode(["a three", "caf\udce9"])
 
 
 def test_captions_can_be_told_apart_by_their_text():

@@ -6,17 +6,19 @@ That they are umT5, T5 and CLIP is shown in tests/parity.
 import dataclasses
 import functools
 import math
+import re
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from naming import published_tensors
 
 from rcm_jax.config import UserError
-from rcm_jax.convert.clip import clip_table, join_qkv, split_qkv, with_prefix
+from rcm_jax.convert.clip import clip_table, split_qkv, with_prefix
 from rcm_jax.convert.names import flat
-from rcm_jax.convert.places import Place, params_from_published, published_tensors
+from rcm_jax.convert.places import Place, params_from_published
 from rcm_jax.convert.umt5 import t5_table, without_copies
 from rcm_jax.models import clip, umt5
 from rcm_jax.models.functional import functional
@@ -219,6 +221,19 @@ def test_a_second_copy_of_the_token_embedding_is_left_out():
     for tensors in (copies, alone):
         found = without_copies(tensors)
         assert found == {"shared.weight": one, "encoder.final_layer_norm.weight": two}
+
+
+def join_qkv(tensors):
+    """The inverse of `split_qkv`, but for what that left out."""
+    joined = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(.*attn\.to_)([qkv])(\..*)", name)
+        if match is None:
+            joined[name] = tensor
+        elif match[2] == "q":
+            parts = [tensors[f"{match[1]}{letter}{match[3]}"] for letter in "qkv"]
+            joined[f"{match[1]}qkv{match[3]}"] = np.concatenate(parts)
+    return joined
 
 
 def test_an_image_encoder_comes_back_bit_for_bit_from_both_layouts():

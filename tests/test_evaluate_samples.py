@@ -118,6 +118,9 @@ def test_captions_take_the_place_of_prompts_and_change_no_name(tmp_path):
         ("geneval", "a.jsonl", "{}\n{", "has an entry without 'prompt'"),
         ("geneval", "a.jsonl", '{"prompt": "a"}\n{', "line 2 is not JSON"),
         ("geneval", "a.jsonl", '{"tag": "a"}', "has an entry without 'prompt'"),
+        ("geneval", "a.jsonl", '{"prompt": "a \\ud800"}', "has an entry whose 'prompt' is not text in UTF-8"),
+        ("vbench", "a.json", '[{"prompt_en": "a \\ud800"}]', "has an entry whose 'prompt_en' is not text in UTF-8"),
+        ("vbench2", "a.json", '[{"prompt_en": "a", "dimension": ["\\udfff"]}]', "dimension that is not text in UTF-8"),
     ],
 )  # fmt: skip
 def test_a_prompt_file_that_makes_no_names_is_refused(layout, file, text, message, tmp_path):
@@ -287,7 +290,7 @@ T2V = ["--model=wan2.1-t2v", "--dit=a", "--vae=b", "--text-encoder=c", "--tokeni
     [
         (["--layout=vbench"], "sample needs --model: give it"),
         (["--layout=vbench", *T2V[:-1]], "sample needs --prompt-file: give it"),
-        (["--layout=vbench", *T2V], "--prompt-file a.txt cannot be read as text"),
+        (["--layout=vbench", *T2V], "--prompt-file a.txt cannot be read (No such file or directory)"),
         (["--layout=vbench", *T2V[1:], "--model=wan2.1-i2v"], "starts from an image"),
         (["--layout=vbench", *T2V, "--frames=1"], "--layout vbench cannot take 1 frames"),
         (["--layout=geneval", *T2V, "--frames=81"], "--layout geneval cannot take 81 frames: give --frames 1"),

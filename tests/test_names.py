@@ -1,10 +1,12 @@
 """Names of weights in the files of other projects, and configs from those files."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
+from naming import wan_of_diffusers
 
 from rcm_jax.config import UserError
 from rcm_jax.convert import cosmos, names, wan
@@ -24,13 +26,18 @@ def abstract_params(config):
     return create_network(config).abstract_params()
 
 
+def by(table):
+    """Writing and reading by a table of names."""
+    return functools.partial(names.rename_params, table=table), functools.partial(names.collect_params, table=table)
+
+
 # (config, write, read) of each layout.
 LAYOUTS = {
     "wan": (WAN, lambda params: wan.wan_tensors(params, WAN, patch_layout="conv3d"), wan.params_from_wan),
     "rcm": (WAN, lambda params: wan.wan_tensors(params, WAN), wan.params_from_wan),
-    "wan of diffusers": (WAN, lambda params: wan.diffusers_tensors(params, WAN), wan.params_from_diffusers),
-    "cosmos": (COSMOS, cosmos.cosmos_tensors, cosmos.params_from_cosmos),
-    "cosmos of diffusers": (COSMOS, cosmos.diffusers_tensors, cosmos.params_from_diffusers),
+    "wan of diffusers": (WAN, lambda params: wan_of_diffusers(params, WAN), by(wan.DIFFUSERS)[1]),
+    "cosmos": (COSMOS, *by(cosmos.COSMOS)),
+    "cosmos of diffusers": (COSMOS, *by(cosmos.DIFFUSERS)),
 }
 
 
@@ -85,14 +92,13 @@ def test_cosmos_has_the_published_names():
         expected |= published_block(f"{block}.mlp", ["layer1", "layer2"])
         for layer in ("self_attn", "cross_attn", "mlp"):
             expected |= published_block(f"{block}.adaln_modulation_{layer}", "12")
-    assert cosmos.cosmos_tensors(random_params(COSMOS)).keys() == expected
+    assert names.rename_params(random_params(COSMOS), cosmos.COSMOS).keys() == expected
 
 
-def test_what_is_no_weight_of_cosmos_is_passed_over():
-    params = random_params(COSMOS)
-    others = ["accum_iteration", "pos_embedder.seq", "blocks.0.self_attn.q_norm._extra_state"]
-    tensors = cosmos.cosmos_tensors(params) | dict.fromkeys(others, np.zeros(1))
-    jax.tree.map(np.testing.assert_array_equal, cosmos.params_from_cosmos(tensors, abstract_params(COSMOS)), params)
+def test_what_is_no_weight_of_cosmos_is_told_by_its_name():
+    weights = names.rename_params(random_params(COSMOS), cosmos.COSMOS).keys()
+    others = {"accum_iteration", "pos_embedder.seq", "blocks.0.self_attn.q_norm._extra_state"}
+    assert {name for name in weights | others if cosmos.is_weight(name)} == weights
 
 
 def published_shapes(config):

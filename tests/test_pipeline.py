@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import shutil
 
 import jaxtyping
 import ml_dtypes
@@ -239,6 +240,25 @@ def test_loading_stored_records_gives_what_was_stored(digits_folder):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nothing' holds no dataset_info\.json: set data.name to 'digits' or a TFDS"):
         pipeline.open_source("nothing", tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("file", "keep", "cause"),
+    [
+        ("dataset_info.json", 0.5, "ParseError"),
+        ("features.json", 0.5, "JSONDecodeError"),
+        ("features.json", None, "ValueError"),
+    ],
+)
+def test_a_damaged_folder_is_named(file, keep, cause, digits_folder, tmp_path):
+    folder = tmp_path / "1.0.0"
+    shutil.copytree(digits_folder, folder)
+    content = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if keep is not None:
+        (folder / file).write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(UserError, match=rf"{folder}' cannot be read as a TFDS data set \({cause}.*\): copy it again$"):
+        pipeline.open_source(folder, ".", "train")
 
 
 def test_a_missing_split_is_named(digits_folder):

@@ -234,16 +234,29 @@ def test_bad_videos_are_left_out_by_name(tmp_path, of_videos, folder, capsys):
     assert [record["prompt"].decode() for record in source] == [CAPTIONS[1], CAPTIONS[4]]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
-def test_a_list_of_videos(suffix, tmp_path, folder):
-    """Paths are relative to the list; captions are its own."""
+def test_a_list_of_videos(suffix, encoding, folder):
+    """Paths are relative to the list; captions are its own. Excel's "CSV UTF-8" starts with a byte order mark."""
     rows = [("3.mp4", 'a "red",\n cat'), ("0.mp4", "ein Füchslein")]
     if suffix == ".csv":
         lines = ["caption,path", '"a ""red"",', ' cat",3.mp4', "ein Füchslein,0.mp4"]
     else:
         lines = ["", *(json.dumps({"path": path, "caption": caption, "fps": 3}) for path, caption in rows)]
-    (folder / f"list{suffix}").write_text("\n".join(lines))
+    (folder / f"list{suffix}").write_text("\n".join(lines), encoding=encoding)
     assert videos.list_clips(folder / f"list{suffix}") == [videos.Clip(folder / path, text) for path, text in rows]
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfa red cat\r\n", b"a red cat"])
+@pytest.mark.parametrize("suffix", videos.SUFFIXES)
+def test_a_caption_beside_a_video(suffix, content, tmp_path):
+    (tmp_path / f"a{suffix}").touch()
+    (tmp_path / "a.txt").write_bytes(content)
+    assert videos.list_clips(tmp_path) == [videos.Clip(tmp_path / f"a{suffix}", "a red cat")]
+
+
+def test_a_picture_is_a_video():
+    assert set(videos.PICTURES) < set(videos.SUFFIXES)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +267,8 @@ def test_a_list_of_videos(suffix, tmp_path, folder):
         ("list.csv", "path,text\na,b", "list.csv, line 2 must be"),
         ("list.csv", f"path,caption\na,{'b' * 2**20}", "list.csv, line 2: field larger than field limit"),
         ("list.csv", "", "has no video: give a folder"),
-        ("list.csv", b"\xff", "cannot be read as a folder or a list in UTF-8"),
+        ("list.jsonl", '{"path": "a", "caption": "\\ud800"}', "list.jsonl, line 1 is not text in UTF-8"),
+        ("list.csv", b"\xff", r"list.csv is not text in UTF-8, byte 0 is 0xff: save it"),
     ],
 )
 def test_a_list_that_is_none_is_refused(name, content, message, tmp_path):
@@ -343,7 +357,7 @@ OF_CAPTIONS = ["--prompt-file=pyproject.toml", "--dit=a", *(word for word in OF_
         ([*OF_VIDEOS, "--model=wan2.1-i2v-14b"], "--model wan2.1-i2v-14b starts from an image"),
         ([*OF_VIDEOS, "--frames=4"], "--frames 4 must be 1 + a multiple of 4"),
         ([*OF_CAPTIONS, "--size=830x480"], "--size 830x480 must have multiples of 16"),
-        (OF_VIDEOS, "--videos v cannot be read as a folder or a list"),
+        (OF_VIDEOS, "--videos v cannot be read (No such file or directory): check the path"),
         (OF_CAPTIONS, "tokeniser c must be tokenizer.json, spiece.model or a folder"),
         (["--from-tar=t"], "t is no .tar file, nor a folder with one"),
         (["--to-tar=t"], "holds no dataset_info.json"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from naming import published_tensors, wan_of_diffusers
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -22,7 +23,6 @@ from rcm_jax.convert import wan as wan_names
 from rcm_jax.convert.clip import clip_table
 from rcm_jax.convert.loading import Transformer
 from rcm_jax.convert.names import rename_params
-from rcm_jax.convert.places import published_tensors
 from rcm_jax.convert.umt5 import t5_table
 from rcm_jax.convert.vae import vae_table
 from rcm_jax.models import clip, cosmos, presets, umt5, vae, wan
@@ -76,7 +76,7 @@ def write_wan(path, config, layout="wan", seed=0):
     if layout == "wan":
         tensors = wan_names.wan_tensors(params, config, patch_layout="conv3d")
         return write_folder(path, tensors, wan_names.wan_settings(config))
-    return write_folder(path, wan_names.diffusers_tensors(params, config), wan_names.diffusers_settings(config))
+    return write_folder(path, wan_of_diffusers(params, config), wan_names.diffusers_settings(config))
 
 
 def write_cosmos(path):

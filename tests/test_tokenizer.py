@@ -71,6 +71,14 @@ def test_a_prompt_is_cleaned_as_by_wan(prompt, cleaned):
     assert clean_prompt(prompt) == cleaned
 
 
+@pytest.mark.parametrize("file", ["spiece.model", "tokenizer.json"])
+def test_a_prompt_in_latin_1_is_an_error(file, folder):
+    """As Python gives a word of the command line that is not UTF-8."""
+    tokenize = load_tokenizer(folder / file, length=16)
+    with pytest.raises(UserError, match=r"a prompt is not text in UTF-8 where it says 'caf\\udce9': give it in UTF-8"):
+        tokenize(["a cat", "caf\udce9"])
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "spiece.model"])
 def test_a_broken_file_is_an_error(file, tmp_path):
     (tmp_path / file).write_bytes(b"nothing")

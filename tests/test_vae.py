@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from naming import published_tensors
 
 from rcm_jax.config import UserError
 from rcm_jax.convert.names import flat
-from rcm_jax.convert.places import params_from_published, published_tensors
+from rcm_jax.convert.places import params_from_published
 from rcm_jax.convert.vae import vae_table
 from rcm_jax.models import vae
 from rcm_jax.models.functional import functional

@@ -77,19 +77,6 @@ def split_qkv(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return split
 
 
-def join_qkv(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of `split_qkv`, but for what that left out."""
-    joined = {}
-    for name, tensor in tensors.items():
-        match = re.fullmatch(r"(.*attn\.to_)([qkv])(\..*)", name)
-        if match is None:
-            joined[name] = tensor
-        elif match[2] == "q":
-            parts = [tensors[f"{match[1]}{letter}{match[3]}"] for letter in "qkv"]
-            joined[f"{match[1]}qkv{match[3]}"] = np.concatenate(parts)
-    return joined
-
-
 def with_prefix(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors of a transformers folder by the names of version 4; version 5 leaves out "vision_model."."""
     return {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in tensors.items()}

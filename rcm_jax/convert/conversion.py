@@ -1,10 +1,11 @@
 """The story of a conversion: find, name, check, merge, and only then write, one tensor after the other."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from rcm_jax.convert import families, merging, orbax, safetensors_file, torch_fi
 from rcm_jax.convert.families import Family
 from rcm_jax.convert.sources import Part, Source, open_source
 from rcm_jax.convert.tensors import BFLOAT16, Tensors
-from rcm_jax.convert.writing import Plan, check_target, write_json, write_plan
+from rcm_jax.convert.writing import Plan, check_target, partial_of, write_json, write_plan
 from rcm_jax.models.presets import PRESETS, Config
 
 Format = Literal["orbax", "wan", "rcm", "diffusers"]
@@ -70,18 +71,22 @@ def convert(
     families.check(tensors, shapes, str(source))
     _check_dtypes(tensors, source)
     tensors = {name: tensors[name] for name in shapes}  # one order, whatever the source's
+    sources = [found]
     if delta:
-        teacher, student = (_read(path, family, None)[0] for path in delta)
+        (teacher, before), (student, after) = (_read(path, family, None) for path in delta)
         tensors = merging.add_delta(tensors, teacher, student, scale, family.patch_kernel)
+        sources += [before, after]
     if lora:
-        tensors = _with_lora(tensors, family, lora, scale)
+        tensors, added = _with_lora(tensors, family, lora, scale)
+        sources += [added]
     if dtype:
         tensors = {name: tensor.astype(DTYPES[dtype]) for name, tensor in tensors.items()}
     plan = plan_target(
         tensors, family, config, to, model=model, file=target.name if is_file else None, limit=shard_bytes
     )
-    inputs = [source, *(delta or ()), *([lora] if lora else [])]
-    fingerprint = _fingerprint([to, model, part, dtype, scale, bool(lora)], inputs, plan)
+    plan = Plan(plan.pieces, functools.partial(_finish, plan, sources))
+    inputs = [source.path for source in sources]
+    fingerprint = _fingerprint([to, model, part, dtype, scale, bool(lora)], inputs, plan, partial_of(target))
     resumed = write_plan(plan, target, fingerprint, single_file=target.name if is_file else None)
     if resumed:
         print(f"went on after the {resumed} tensors that an interrupted run had written")
@@ -154,20 +159,28 @@ def _check_dtypes(tensors: Tensors, source: Path) -> None:
         raise UserError(f"{source} must hold float32, bfloat16 or float16 numbers, save it so: {'; '.join(wrong)}")
 
 
-def _with_lora(tensors: Tensors, family: Family, lora: Path, scale: float) -> Tensors:
+def _with_lora(tensors: Tensors, family: Family, lora: Path, scale: float) -> tuple[Tensors, Source]:
     found = open_source(lora)
     print(f"found {found.path}: {found.kind}, {len(found.tensors)} tensors of a LoRA")
     rename = families.diffusers_to_published(family)
-    return merging.add_lora(tensors, found.tensors, found.metadata, scale, rename)
+    return merging.add_lora(tensors, found.tensors, found.metadata, scale, rename), found
 
 
-def _fingerprint(options: list[Any], inputs: Iterable[Path], plan: Plan) -> str:
-    """Changes with the options, the input files and the pieces to write."""
-    files = [
-        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
-        for path in inputs
-        for file in sorted([path.absolute(), *path.absolute().rglob("*")])
-        if file.is_file()
-    ]
+def _finish(plan: Plan, sources: Iterable[Source], folder: Path, facts: Mapping[str, Any]) -> None:
+    """Completes the target, once the sources are known to be sound: an interrupted run had not read them to the end."""
+    for source in sources:
+        families.read_rest(source)
+    plan.finish(folder, facts)
+
+
+def _fingerprint(options: list[Any], inputs: Iterable[Path], plan: Plan, partial: Path) -> str:
+    """Changes with the options, the files of the checkpoints that are read and the pieces to write.
+
+    `partial`, the folder that the target is written in, may lie within a checkpoint and is not of it.
+    """
+    every = [file for path in inputs for file in sorted([path.resolve(), *path.resolve().rglob("*")])]
+    facts = [(str(file), file.stat()) for file in every if file.is_file() and partial.resolve() not in file.parents]
+    # The time of the last change of the file's entry too: a copy that is put back may have the old file's other time.
+    files = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in facts]
     pieces = [(piece.key, piece.nbytes) for piece in plan.pieces]
     return hashlib.sha256(json.dumps([options, files, pieces]).encode()).hexdigest()

@@ -4,10 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from rcm_jax.config import UserError
-from rcm_jax.convert.names import collect_params, make_table, rename_params
+from rcm_jax.convert.names import make_table
 from rcm_jax.models.cosmos import PRESETS, CosmosConfig
 
 # Our module, NVIDIA's, diffusers'.
@@ -49,37 +47,9 @@ DIFFUSERS = make_table(_MODULES, _BLOCK_MODULES, column=2, blocks="transformer_b
 _NO_WEIGHTS = ("accum_", "pos_embedder.")
 
 
-def cosmos_tensors(params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The parameters by NVIDIA's names without their "net." before each, as numpy arrays of the dtype they have."""
-    return rename_params(params, COSMOS)
-
-
-def params_from_cosmos(
-    tensors: Mapping[str, Any], abstract_params: dict[str, Any], *, source: str = "checkpoint"
-) -> dict[str, Any]:
-    """Parameters with the structure, shapes and dtypes of `abstract_params`, from tensors by NVIDIA's names.
-
-    Raises UserError that lists every missing, unexpected or wrong-shaped tensor of `source` by name.
-    """
-    weights = {name: tensors[name] for name in tensors if is_weight(name)}
-    return collect_params(weights, abstract_params, COSMOS, source=source)
-
-
 def is_weight(name: str) -> bool:
     """Whether a tensor of NVIDIA's files is a weight, rather than a counter, a constant or a library's state."""
     return not name.startswith(_NO_WEIGHTS) and not name.endswith("_extra_state")
-
-
-def diffusers_tensors(params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The parameters as diffusers' CosmosTransformer3DModel holds them, as numpy arrays of the dtype they have."""
-    return rename_params(params, DIFFUSERS)
-
-
-def params_from_diffusers(
-    tensors: Mapping[str, Any], abstract_params: dict[str, Any], *, source: str = "checkpoint"
-) -> dict[str, Any]:
-    """As params_from_cosmos, from tensors of diffusers' CosmosTransformer3DModel."""
-    return collect_params(tensors, abstract_params, DIFFUSERS, source=source)
 
 
 def config_from_tensors(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> CosmosConfig:

@@ -155,7 +155,7 @@ def _unstacked(leaves: Mapping[str, Leaf], family: Family) -> Tensors:
     for path, leaf in leaves.items():
         layers, shape = (leaf.shape[0], leaf.shape[1:]) if is_stacked(path) else (1, leaf.shape)
         for layer, name in enumerate(_names(path, layers, family)):
-            tensors[name] = _of_leaf(path, leaf, layer if is_stacked(path) else ..., shape)
+            tensors[name] = _of_leaf(path, leaf, layer if is_stacked(path) else None, shape)
     return tensors
 
 
@@ -167,8 +167,14 @@ def _names(path: str, layers: int, family: Family) -> list[str]:
         return [path]
 
 
-def _of_leaf(path: str, leaf: Leaf, index: Any, shape: tuple[int, ...]) -> LazyTensor:
-    return LazyTensor(_published_shape(path, shape), leaf.dtype, lambda: to_theirs(path, leaf.read(index)))
+def _of_leaf(path: str, leaf: Leaf, layer: int | None, shape: tuple[int, ...]) -> LazyTensor:
+    return LazyTensor(_published_shape(path, shape), leaf.dtype, lambda: to_theirs(path, leaf.read(layer)))
+
+
+def read_rest(source: Source) -> None:
+    """Reads what nobody has read of an Orbax checkpoint. Raises UserError if an array is not what was saved."""
+    for path, leaf in source.leaves.items():
+        leaf.read_rest(stacked=is_stacked(path))
 
 
 def stacked(tensors: Tensors, family: Family, config: Config) -> dict[str, NewLeaf]:

@@ -56,10 +56,14 @@ def _added(base: LazyTensor, delta: np.ndarray, scale: float) -> np.ndarray:
 
 
 class _Lora(NamedTuple):
-    """What a LoRA file holds for one tensor: it grows by alpha / rank * up @ down, or by `difference`."""
+    """What a LoRA file holds for one tensor: it grows by alpha / rank * up @ down, or by `difference`.
+
+    In the former case the bias of its layer grows by alpha / rank * up_bias: PEFT scales all that `up` returns.
+    """
 
     down: LazyTensor | None = None
     up: LazyTensor | None = None
+    up_bias: LazyTensor | None = None
     alpha: LazyTensor | None = None
     difference: LazyTensor | None = None
 
@@ -76,14 +80,15 @@ _ROLES = {
     "alpha": ("weight", "alpha"),
     "diff": ("weight", "difference"),
     "diff_b": ("bias", "difference"),
-    "lora_B.bias": ("bias", "difference"),
+    "lora_B.bias": ("weight", "up_bias"),
+    "lora_B.default.bias": ("weight", "up_bias"),
 }
 
 
 def add_lora(
     base: Tensors, lora: Tensors, metadata: Mapping[str, str], scale: float, rename: Callable[[str], str]
 ) -> Tensors:
-    """base + scale * alpha / rank * up @ down, for the layers that a LoRA file names.
+    """base + scale * alpha / rank * up @ down, and the same of the bias of up, for the layers that a LoRA file names.
 
     Args:
         base: tensors by their published names.
@@ -107,10 +112,15 @@ def add_lora(
         else:
             found.setdefault(target, {})[role] = tensor
     layers = {target: _Lora(**parts) for target, parts in found.items()}
-    faults += [f"{fault} of {target}" for target, layer in layers.items() if (fault := _fault(base[target], layer))]
+    faults += [f"{fault} of {target}" for target, layer in layers.items() if (fault := _fault(base, target, layer))]
     if faults or not layers:
         raise UserError(f"the LoRA file does not fit the model, nothing was written: {'; '.join(faults) or 'empty'}")
-    return base | {target: _with_lora(base[target], layer, alpha, scale) for target, layer in layers.items()}
+    merged = dict(base)
+    for target, layer in layers.items():
+        merged[target] = _with_lora(merged[target], layer, alpha, scale)
+        if layer.up_bias is not None:
+            merged[_bias_of(target)] = _with_bias(merged[_bias_of(target)], layer, alpha, scale)
+    return merged
 
 
 def _parse(name: str) -> tuple[str, str, str]:
@@ -123,15 +133,24 @@ def _parse(name: str) -> tuple[str, str, str]:
     return name, "", ""
 
 
-def _fault(target: LazyTensor, layer: _Lora) -> str | None:
+def _bias_of(weight: str) -> str:
+    return f"{weight.removesuffix('.weight')}.bias"
+
+
+def _fault(base: Tensors, target: str, layer: _Lora) -> str | None:
     """What is wrong with what a file holds for one tensor."""
+    shape, bias = base[target].shape, base.get(_bias_of(target))
     if layer.difference is not None:
-        return None if layer.difference.shape == target.shape else f"shape {layer.difference.shape} of the difference"
+        if (layer.down, layer.up, layer.up_bias) != (None, None, None):
+            return "matrices beside a difference"
+        return None if layer.difference.shape == shape else f"shape {layer.difference.shape} of the difference"
     if layer.down is None or layer.up is None:
         return f"missing {'down' if layer.down is None else 'up'} matrix"
     down, up = layer.down.shape, layer.up.shape
-    if len(down) != 2 or len(up) != 2 or up[1] != down[0] or (up[0], down[1]) != target.shape or 0 in down:
-        return f"matrices of {up} and {down} for the shape {target.shape}"
+    if len(down) != 2 or len(up) != 2 or up[1] != down[0] or (up[0], down[1]) != shape or 0 in down:
+        return f"matrices of {up} and {down} for the shape {shape}"
+    if layer.up_bias is not None and (bias is None or layer.up_bias.shape != bias.shape):
+        return f"bias of {layer.up_bias.shape} for {'none' if bias is None else f'the bias of {bias.shape}'}"
     return "more than one alpha" if layer.alpha is not None and layer.alpha.size != 1 else None
 
 
@@ -152,8 +171,21 @@ def _with_lora(target: LazyTensor, layer: _Lora, alpha: float | None, scale: flo
         if layer.difference is not None:
             return _added(target, layer.difference.read().astype(np.float32), scale)
         down, up = (part.read().astype(np.float32) for part in (layer.down, layer.up) if part is not None)
-        rank = len(down)
-        own = alpha if layer.alpha is None else float(layer.alpha.read().reshape(()))
-        return _added(target, up @ down, scale * (rank if own is None else own) / rank)
+        return _added(target, up @ down, scale * _factor(layer, alpha))
 
     return LazyTensor(target.shape, target.dtype, read)
+
+
+def _with_bias(target: LazyTensor, layer: _Lora, alpha: float | None, scale: float) -> LazyTensor:
+    def read() -> np.ndarray:
+        return _added(target, np.asarray(layer.up_bias, np.float32), scale * _factor(layer, alpha))
+
+    return LazyTensor(target.shape, target.dtype, read)
+
+
+def _factor(layer: _Lora, alpha: float | None) -> float:
+    """alpha / rank of a layer, by its own alpha, or else that of all layers, or else the rank."""
+    assert layer.down is not None
+    rank = layer.down.shape[0]
+    own = alpha if layer.alpha is None else float(layer.alpha.read().reshape(()))
+    return 1.0 if own is None else own / rank

@@ -4,6 +4,7 @@ Orbax would hold a whole array in memory, and one array has a parameter of all l
 ours are written as plain zarr folders with one uncompressed chunk a layer.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import tensorstore as ts
 
 from rcm_jax import integrity
+from rcm_jax.config import UserError
 from rcm_jax.convert.tensors import BFLOAT16, is_counts, read_json, refusal
 from rcm_jax.convert.writing import Piece, Plan, as_bytes, write_json, write_piece
 
@@ -20,12 +22,56 @@ DTYPES = {np.dtype("<f4"): "<f4", np.dtype("<f2"): "<f2", BFLOAT16: "bfloat16"}
 ROOT = "params/"  # what a leaf's name begins with in a checkpoint of parameters alone
 
 
-class Leaf(NamedTuple):
-    """One array of a checkpoint; `read(index)` reads it, or the layer `index` of it."""
+@dataclasses.dataclass
+class Leaf:
+    """One array of a checkpoint, to be read whole or layer by layer.
 
+    TensorStore gives zeros for a file that is missing, and whatever bits it finds. So the fingerprint of what is read
+    is compared, once all of it is, with that of what was saved.
+
+    Attributes:
+        state: the folder of the checkpoint's arrays.
+        name: the array's there.
+        shape: as saved.
+        dtype: as saved.
+        fingerprint: of what was saved.
+        store: TensorStore's description of where it lies.
+        lanes: what each layer that has been read, or the whole, adds to the fingerprint.
+    """
+
+    state: Path
+    name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[Any], np.ndarray]
+    fingerprint: str
+    store: Mapping[str, Any]
+    lanes: dict[int | None, list[int]] = dataclasses.field(default_factory=dict)
+
+    def read(self, layer: int | None) -> np.ndarray:
+        """A layer, or the whole for None. Raises UserError if it is unreadable, or all is in and not what was saved."""
+        try:
+            array = ts.open({"driver": "zarr", "kvstore": self.store}, read=True).result()
+            found = f"{array.dtype.name}{list(array.shape)}"
+            if found != f"{self.dtype}{list(self.shape)}":
+                raise ValueError(f"it is {found}")
+            part = np.asarray(array[... if layer is None else layer].read().result())
+        except ValueError as error:
+            raise self._refusal(f"({str(error).partition(' [')[0].strip()})") from None
+        self.lanes[layer] = integrity.part_lanes(part, layer)
+        complete = layer is None or len(self.lanes) == self.shape[0]
+        if complete and integrity.join_lanes(self.lanes.values()) != self.fingerprint:
+            raise self._refusal("by its fingerprint")
+        return part
+
+    def read_rest(self, *, stacked: bool) -> None:
+        """Reads the layers, or the whole, that have not been read. Raises UserError as `read` does."""
+        for layer in range(self.shape[0]) if stacked else (None,):
+            if layer not in self.lanes:
+                self.read(layer)
+
+    def _refusal(self, how: str) -> UserError:
+        rule = f"has an array {self.name} that is not what was saved, {how}"
+        return refusal(self.state, rule, "restore it from a copy, or give another checkpoint")
 
 
 class NewLeaf(NamedTuple):
@@ -56,31 +102,31 @@ def read_leaves(checkpoint: Path) -> dict[str, Leaf]:
     state = checkpoint / "state"
     metadata, description = read_json(state / "_METADATA"), read_json(checkpoint / "description" / "metadata")
     try:
+        if not integrity.is_sealed(description):
+            rule = "is not the one that was written"
+            raise refusal(checkpoint / "description", rule, "restore it from a copy, or give another checkpoint")
         return {
-            name: Leaf(tuple(leaf["shape"]), np.dtype(leaf["dtype"]), _reader(state, name, metadata["use_ocdbt"]))
+            name: Leaf(
+                state,
+                name,
+                tuple(leaf["shape"]),
+                np.dtype(leaf["dtype"]),
+                description["fingerprints"][name],
+                _store(state, name, metadata["use_ocdbt"]),
+            )
             for name, leaf in description["leaves"].items()
             if leaf["dtype"] in ("float32", "float16", "bfloat16") and is_counts(leaf["shape"])
         }
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, RecursionError):
         raise refusal(checkpoint, "is no complete checkpoint", "give one that a run or a conversion saved") from None
 
 
-def _reader(state: Path, name: str, use_ocdbt: bool) -> Callable[[Any], np.ndarray]:
-    if use_ocdbt:
-        base = {"driver": "file", "path": f"{state.absolute()}/"}
-        store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-    else:
-        store = {"driver": "file", "path": f"{(state / name).absolute()}/"}
-
-    def read(index: Any) -> np.ndarray:
-        try:
-            array = ts.open({"driver": "zarr", "kvstore": store}, read=True).result()
-            return np.asarray(array[index].read().result())
-        except ValueError as error:
-            rule = f"has an unreadable array {name} ({str(error).partition('[')[0].strip()})"
-            raise refusal(state, rule, "restore it from a copy") from None
-
-    return read
+def _store(state: Path, name: str, use_ocdbt: bool) -> dict[str, Any]:
+    """Where TensorStore finds an array."""
+    if not use_ocdbt:
+        return {"driver": "file", "path": f"{(state / name).absolute()}/"}
+    base = {"driver": "file", "path": f"{state.absolute()}/"}
+    return {"driver": "ocdbt", "base": base, "path": f"{name}/"}
 
 
 def plan_checkpoint(leaves: Mapping[str, NewLeaf], metadata: Mapping[str, Any]) -> Plan:

@@ -1,4 +1,4 @@
-"""Parameters as the tensors of a published checkpoint, and back, given the place of each.
+"""Parameters from the tensors of a published checkpoint, given the place of each.
 
 Arrays differ only in the order of their axes: our kernels are (window..., in, out), published weights
 (out, in, window...), with axes of length 1 added or dropped.
@@ -7,7 +7,6 @@ Arrays differ only in the order of their axes: our kernels are (window..., in, o
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import traverse_util
 
@@ -50,19 +49,6 @@ def published_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (out_dim, in_dim, *window)
 
 
-def published_tensors(params: dict[str, Any], table: Table) -> dict[str, np.ndarray]:
-    """The parameters by their published names, as numpy arrays of the dtype they have."""
-    tensors = {}
-    for path, value in flat(params).items():
-        array = np.asarray(jax.device_get(value))
-        match table(path, array.shape):
-            case Place() as place:
-                tensors[place.name] = publish(path, array, place)
-            case places:
-                tensors |= {p.name: publish(path, layer, p) for p, layer in zip(places, array, strict=True)}
-    return tensors
-
-
 def params_from_published(
     tensors: Mapping[str, Any],
     abstract_params: dict[str, Any],
@@ -88,13 +74,6 @@ def params_from_published(
                 for layer, place in zip(values[path], layers, strict=True):
                     layer[...] = adopt(path, read(tensors[place.name]), layer.shape)
     return traverse_util.unflatten_dict(values, sep=".")
-
-
-def publish(path: str, array: np.ndarray, place: Place) -> np.ndarray:
-    """The parameter of ours at `path`, of one layer, as it lies at its place."""
-    if path.endswith("kernel"):
-        array = np.moveaxis(array, (-1, -2), (0, 1))
-    return np.ascontiguousarray(array).reshape(place.shape)
 
 
 def adopt(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

