@@ -164,9 +164,9 @@ def test_a_lora_run_holds_and_exports_what_it_learns(tmp_path):
 
     teacher = randomised(state.teacher)
     state = state.replace(iteration=jnp.int32(3), teacher=teacher, student=randomised(state.student, 50))
-    export(config, state.replace(ema=state.student, lambda: None), tmp_path)
+    export(config, state.replace(ema=state.student), tmp_path, lambda: None)
     whole, _ = load_safetensors(tmp_path / "student.safetensors")
-    export(configure(digits_dmd2), state.replace(student=teacher, ema=teacher), tmp_path / "teacher")
+    export(configure(digits_dmd2), state.replace(student=teacher, ema=teacher), tmp_path / "teacher", lambda: None)
     base = open_source(tmp_path / "teacher" / "student.safetensors").tensors
     lora = open_source(tmp_path / "student_lora.safetensors")
     added = merging.add_lora(base, lora.tensors, lora.metadata, 1.0, lambda name: name)
