@@ -99,7 +99,7 @@ def test_operations_of_a_critic_update():
 
 
 def test_a_loss_of_unknown_cost_is_named():
-    one = pass_operations(PRESETS["digits"], 64)
+    one = pass_operations(SMALL, 512)
     with pytest.raises(UserError, match=r"what ict costs is not known: add it to step_operations in rcm_jax/costs\.py"):
         step_operations(one, Phase("student", frozenset({"dmd", "ict"}), 1.0), Recipe())
 
