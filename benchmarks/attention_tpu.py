@@ -11,8 +11,11 @@ writes for its own developers: another version than 0.0.42 may write something e
 import argparse
 import functools
 import os
+import platform
 import re
+import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -50,7 +53,8 @@ def main() -> None:
                     bundles, shares = read_schedule(Path(dump))
                     table.append({"chip": chip, "kernel": kernel, "rows": rows, "bundles": bundles, **shares})
                     print(f"| {chip} | {kernel} | {rows} | {bundles} |", *(f"{x:.0%} |" for x in shares.values()))
-    facts = {"head_dim": arguments.head_dim, "jax": jax.__version__, "table": table}
+    facts = {"command": " ".join(["python -m benchmarks.attention_tpu", *sys.argv[1:]]), "machine": platform.machine()}
+    facts |= {"head_dim": arguments.head_dim, "jax": jax.__version__, "libtpu": version("libtpu"), "table": table}
     media.write_file(arguments.out, media.json_text(facts, indent=1).encode() + b"\n")
 
 

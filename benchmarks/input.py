@@ -11,6 +11,7 @@ time for a step waits where its next step comes later than its last one ended.
 import argparse
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -87,8 +88,9 @@ def main() -> None:
         builder.download_and_prepare()
         names = {"digits": "digits", "wan": str(builder.data_path)}
         rows = [measure(load, names[load.records], folder, arguments.steps) for load in LOADS]
-    machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "jax": jax.__version__}
-    media.write_file(arguments.out, media.json_text(machine | {"rows": rows}, indent=1).encode())
+    facts = {"command": " ".join(["python -m benchmarks.input", *sys.argv[1:]]), "machine": platform.machine()}
+    facts |= {"cpus": os.cpu_count(), "jax": jax.__version__, "rows": rows}
+    media.write_file(arguments.out, media.json_text(facts, indent=1).encode())
     print(table(rows))
 
 

@@ -86,6 +86,7 @@ def soak(workdir: Path, kills: int, seed: int, minutes: float) -> dict:
         "minutes": round((time.monotonic() - began) / 60, 1),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, "
         f"jax {jax.__version__}",
+        "command": " ".join(["python -m benchmarks.soak", *sys.argv[1:]]),
     }
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from benchmarks.arena import describe_machine
 from configs import digits_rcm
 from rcm_jax import losses
 from rcm_jax.data import digits, text
@@ -61,7 +62,8 @@ def main() -> None:
         row = {"network": network, "time": time, "tangent": way, "step": step}
         row |= {"median": float(np.median(error_B)), "p90": float(np.percentile(error_B, 90))}
         errors.append(row)
-    write_file(arguments.out, json_text({"command": COMMAND, "samples": SAMPLES, "errors": errors}, indent=1).encode())
+    facts = {"command": COMMAND, "machine": describe_machine(), "samples": SAMPLES, "errors": errors}
+    write_file(arguments.out, json_text(facts, indent=1).encode())
     print(table(errors))
 
 
