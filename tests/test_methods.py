@@ -2,6 +2,8 @@
 
 import functools
 import re
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -13,13 +15,14 @@ import pytest
 from configs import digits_dmd2, digits_lora, digits_mean_flow
 from rcm_jax import adapters, sharding
 from rcm_jax.checkpoint import export_safetensors, load_safetensors
+from rcm_jax.config import LOSSES, parse_stages, validate
 from rcm_jax.convert import merging
 from rcm_jax.convert.sources import open_source
 from rcm_jax.convert.wan import wan_tensors
 from rcm_jax.methods import Applies, Recipe, Setting, draw_student, mean_velocity, scm, simulate_student
 from rcm_jax.models.wan import PRESETS, WanConfig
 from rcm_jax.state import create_state, overlay
-from rcm_jax.steps import critic_step, student_step
+from rcm_jax.steps import METHODS, critic_step, student_step
 from rcm_jax.train import (
     abstract_state,
     create_networks,
@@ -208,13 +211,40 @@ def test_dmd2_with_lora_updates_adapters_and_the_head_alone():
     jax.tree.map(np.testing.assert_array_equal, later.teacher, teacher)
 
 
-def test_the_method_that_the_documentation_adds_is_zero_for_a_consistent_student_alone():
-    """v = x / s takes every x for noise around 0; v = 0 does not."""
+@pytest.fixture
+def documented(monkeypatch):
+    """What docs/methods.md adds, put where it says: the method's module, its entries in two tables, the recipe."""
     page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
-    (method, recipe), scope = re.findall(r"```python\n(.*?)```", page, re.DOTALL), {}
-    exec(method, scope)
+    method, lines, recipe = re.findall(r"```\w*\n(.*?)```", page, re.DOTALL)
+    module, scope = types.ModuleType("improved_consistency"), {}
+    exec(method, vars(module))
+    monkeypatch.setitem(sys.modules, "rcm_jax.improved_consistency", module)
+    imported, in_methods, in_losses = lines.splitlines()
+    exec(imported.removeprefix("rcm_jax/steps.py").strip(), scope)
+    entry = in_methods.removesuffix("in METHODS").strip()
+    monkeypatch.setattr("rcm_jax.steps.METHODS", METHODS | eval(f"{{{entry}}}", scope))
+    entry = in_losses.removeprefix("rcm_jax/config.py").removesuffix("in LOSSES").strip()
+    monkeypatch.setattr("rcm_jax.config.LOSSES", LOSSES + eval(f"({entry})"))
     exec(recipe, scope)
-    assert scope["get_config"]().stages == "ict:17000"
+    return types.SimpleNamespace(**scope)
+
+
+def test_the_method_that_the_documentation_adds_trains(documented):
+    config = documented.get_config()
+    validate(config)
+    config.model.preset = "tiny"
+    networks, (stage,), optimizer = create_networks(config), parse_stages(config.stages), optax.sgd(0.1)
+    settings = {"loss_names": stage.losses, "recipe": Recipe(), "negative_text": jnp.zeros(TEXT)}
+    step = functools.partial(student_step, apply=networks.applies, optimizer=optimizer, **settings)
+    params = randomised(networks.student.abstract_params())
+    batch = {"latent": X, "text": CAPTION}
+    after, metrics = fast_jit(step)(create_state(params, None, optimizer, None), batch, jax.random.key(0), 1.0)
+    assert metrics["loss_ict"] > 0 == metrics["skipped"]
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (after.student, params)), strict=True))
+
+
+def test_the_method_that_the_documentation_adds_is_zero_for_a_consistent_student_alone(documented):
+    """v = x / s takes every x for noise around 0; v = 0 does not."""
     state = create_state({}, None, optax.identity(), None)
     draws = {"noise": normal(2, *X.shape), "u": jnp.array([0.2, 0.7])}
 
@@ -223,7 +253,7 @@ def test_the_method_that_the_documentation_adds_is_zero_for_a_consistent_student
         at = Setting(
             {}, state, {"latent": X, "text": CAPTION}, draws, ratio, frozenset(), applies, Recipe(), CAPTION[0]
         )
-        return scope["ict"](at)["ict"]
+        return documented.ict(at)["ict"]
 
     consistent = loss(lambda params, x, time_B, text, mode: x / (time_B / 1000).reshape(-1, 1, 1, 1, 1))
     np.testing.assert_allclose(consistent, 0, atol=1e-6)

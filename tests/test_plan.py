@@ -14,7 +14,7 @@ from launch import compile as launch_compile
 from pallas_kernels import hopper
 from pallas_kernels.attention import choose_back_end
 from rcm_jax import chips, plan, sharding, train
-from rcm_jax.config import load
+from rcm_jax.config import LOSSES, load
 from rcm_jax.schedule import Phase
 
 RECIPE = tiny_recipe.__file__
@@ -137,6 +137,15 @@ def test_a_mistake_is_one_line(words, message, run):
     code, printed = run(f"--config={RECIPE}", *SMALL, *words)
     assert code == 2
     assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_method_of_unknown_cost_is_named_before_anything_is_compiled(run, monkeypatch):
+    monkeypatch.setattr("rcm_jax.config.LOSSES", (*LOSSES, "ict"))
+    monkeypatch.setattr(plan, "lower_step", lambda *_: pytest.fail("a step was lowered"))
+    code, printed = run(*WORDS, *SMALL, "--topology=v5e:2x2", "--config.stages=scm:2,ict:3")
+    assert code == 2
+    assert printed.err.endswith("what ict costs is not known: add it to step_operations in rcm_jax/costs.py\n")
     assert printed.err.count("\n") == 1
 
 
