@@ -2,7 +2,7 @@
 
     nice -n 10 python -m benchmarks.arena --out=benchmarks/results/arena.json --figure=docs/arena.png
 
-A seed of the eight methods takes about two minutes of CPU time, the search ten; what is done already is not done again.
+A seed of all methods takes about two minutes of CPU time, the search ten; what is done already is not done again.
 Student and fake score are MLPs that start from one regression on the exact velocity. An arm trains for SECONDS of CPU
 time (of the process, all threads), counted as updates times the cost of an update, which is measured once; `sCM,
 longer` for three times as long. Each method has the same search: six trials, of two learning rates and three values of
@@ -416,9 +416,15 @@ def table(results: dict[str, Any]) -> str:
         ((steps, exact),) = runs["teacher"]["steps"].items()
         lines.append(f"| exact flow | {steps} | 1 | " + " | ".join(f"{exact[column]:.3f}" for column in COLUMNS) + " |")
         for (name, steps), scores in means(results, setting).items():
-            cells = [f"{scores[column].mean():.3f} ± {np.ptp(scores[column]) / 2:.3f}" for column in COLUMNS]
+            cells = [cell(column, values) for column, values in scores.items()]
             lines.append(f"| {name} | {steps} | {len(scores[COLUMNS[0]])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def cell(column: str, values: np.ndarray) -> str:
+    """Mean and half the range over the seeds; of a spread, over those with enough samples in a mode to have one."""
+    values = values[values > 0] if column == "spread" else values
+    return f"{values.mean():.3f} ± {np.ptp(values) / 2:.3f}" if values.size else "-"
 
 
 def draw_figure(results: dict[str, Any]) -> bytes:

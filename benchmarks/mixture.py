@@ -93,7 +93,8 @@ def score(
 
     precision: share within the radius that holds 99.9 % of a mode, of a mode of the caption. recall: share of the
     reference within reach of the samples (metrics.precision_recall). spread: standard deviation inside modes over the
-    true one. weights_tv: total variation between the modes' weights and the reference's. wasserstein: sliced, order 1.
+    true one, 0 where no mode has more than ten samples. weights_tv: total variation between the modes' weights and the
+    reference's. wasserstein: sliced, order 1.
     """
     distance_NK = np.linalg.norm(x_ND[:, None] - mixture.mean_KD[None], axis=-1)
     own_NK = caption_N[:, None] == mixture.caption_K[None]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.ablations import ABLATIONS
-from benchmarks.arena import METHODS, Arm, apply_mlp, best_trial, init_mlp, thin
+from benchmarks.arena import METHODS, Arm, apply_mlp, best_trial, cell, init_mlp, thin
 from benchmarks.mixture import CAPTIONS, create_mixture
 from benchmarks.tangents import relative_errors
 
@@ -60,6 +60,19 @@ def test_an_ablation_changes_what_it_names_and_nothing_else(name):
         for method in (ablation.method, METHODS[ablation.base])
     )
     assert {key: value for key, value in changed.items() if value != base[key]} == dict(ablation.recipe)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "expected"),
+    [
+        ("precision", [0.0, 0.5], "0.250 ± 0.250"),
+        ("spread", [1.1, 1.2], "1.150 ± 0.050"),
+        ("spread", [0.0, 1.1], "1.100 ± 0.000"),
+        ("spread", [0.0, 0.0], "-"),
+    ],
+)
+def test_a_spread_is_of_the_seeds_that_have_one(column, values, expected):
+    assert cell(column, np.array(values)) == expected
 
 
 def test_errors_are_relative_to_each_samples_own_reference():
