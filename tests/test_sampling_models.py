@@ -186,6 +186,27 @@ def test_text_to_video(tmp_path, parts, capsys):
     assert alone.read_bytes() == kept
 
 
+@pytest.mark.parametrize("frames", [1, FRAMES], ids=["picture", "video"])
+def test_commands_that_share_a_folder_keep_each_others_files(frames, tmp_path, parts, monkeypatch):
+    """Though the other one takes the number at the last moment."""
+    suffix, kind = ("png", "write_image") if frames == 1 else ("mp4", "write_video")
+    write, theirs = getattr(media, kind), tmp_path / "out" / f"0000_seed0.{suffix}"
+
+    def overtaken(path, *pixels, **rest):
+        if not theirs.exists():
+            media.write_file(theirs, b"theirs")
+        write(path, *pixels, **rest)
+
+    monkeypatch.setattr(media, kind, overtaken)
+    words = ["--model=wan2.1-t2v", f"--dit={write_wan(tmp_path / 'dit', WAN)}", *parts, "--steps=1", "--prompt=a cat"]
+    paths = run(tmp_path / "out", *words, "--seeds=0,3", f"--frames={frames}")
+    assert [path.name for path in paths] == [
+        f"000{number}_seed{seed}.{suffix}" for number, seed in ((0, 0), (1, 0), (2, 3))
+    ]
+    assert theirs.read_bytes() == b"theirs"
+    assert [media.read_metadata(path)["seed"] for path in paths[1:]] == [0, 3]
+
+
 def test_several_devices_sample_the_video_of_one(tmp_path, parts, decoded):
     """Tokens over two, heads over two; to within one of 255 steps, for sums are in another order."""
     words = ["--model=wan2.1-t2v", f"--dit={write_wan(tmp_path / 'dit', WAN)}", *parts, "--steps=2", "--prompt=a cat"]
