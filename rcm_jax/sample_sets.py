@@ -8,9 +8,9 @@ A sample is whole or absent, so a set that was interrupted goes on where it ende
 """
 
 import json
-import os
+import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +102,10 @@ def write_set(
         UserError: the folder holds samples that were made otherwise.
     """
     _claim(folder, sampling.facts)
-    missing = [shot for shot in plan.shots[share[0] :: share[1]] if not is_finished(folder, shot)]
+    ours = plan.shots[share[0] :: share[1]]
+    missing = [shot for shot in ours if not is_finished(folder, shot)]
+    if not keep_latents:  # those that a command left which was killed before it removed them
+        _drop_latents(folder, set(ours) - set(missing))
     for path, text in plan.files.items():
         media.write_file(folder / path, text.encode())
     for start in range(0, len(missing), chunk):
@@ -110,8 +113,7 @@ def write_set(
         _sample(folder, shots, sampling)
         _decode(folder, shots, sampling)
         if not keep_latents:
-            for shot in shots:
-                latent_path(folder, shot.path).unlink()
+            _drop_latents(folder, shots)
     return len(missing)
 
 
@@ -270,24 +272,33 @@ def _decode(folder: Path, shots: Sequence[Shot], sampling: Sampling) -> None:
             "decoding_seconds": float(f"{seconds:.6g}"),
         }
         # An unfinished file must not lie among the videos: VBench would take its suffix for theirs.
-        staged = folder / f".{os.getpid()}{shot.path.suffix}"
-        if shot.path.suffix == ".png":
-            media.write_image(staged, video_THWC[0], metadata=metadata)
-        else:
-            media.write_video(staged, video_THWC, fps=sampling.fps, metadata=metadata)
-        _publish(staged, folder / shot.path)
+        # Its name is random: processes that share the set may run on several hosts and have one number.
+        staged = folder / f".{secrets.token_hex(8)}{shot.path.suffix}"
+        try:
+            if shot.path.suffix == ".png":
+                media.write_image(staged, video_THWC[0], metadata=metadata)
+            else:
+                media.write_video(staged, video_THWC, fps=sampling.fps, metadata=metadata)
+            _publish(staged, folder / shot.path)
+        finally:
+            staged.unlink(missing_ok=True)
 
 
 def _publish(staged: Path, path: Path) -> None:
     """Moves a finished file to its place. Raises UserError if something came there meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        staged.unlink()
+    try:
+        media.publish(staged, path)
+    except FileExistsError:
         raise UserError(
             f"{path} is there already: another process works in this folder, or the disk takes the names of two"
             " prompts for one; give another --out"
-        )
-    os.replace(staged, path)
+        ) from None
+
+
+def _drop_latents(folder: Path, shots: Iterable[Shot]) -> None:
+    for shot in shots:
+        latent_path(folder, shot.path).unlink(missing_ok=True)
 
 
 def _timed(items: Iterator[Any]) -> Iterator[tuple[Any, float]]:

@@ -245,6 +245,53 @@ def test_processes_share_the_work(tmp_path, sampled):
     assert len(sampled) == 4
 
 
+def test_processes_of_several_hosts_share_the_work(tmp_path, sampled, monkeypatch):
+    """Their numbers are the same, and one makes its part while the other is about to put a sample in its place."""
+    publish, out, whole = media.publish, tmp_path / "out", write(tmp_path / "whole")
+
+    def overtaken(staged, path):
+        monkeypatch.setattr(media, "publish", publish)
+        write(out, share=(1, 2))
+        publish(staged, path)
+
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(media, "publish", overtaken)
+    assert write(out, share=(0, 2)) == whole
+    for name in whole:
+        if name.endswith(".mp4"):
+            np.testing.assert_array_equal(frames_of(out / name), frames_of(tmp_path / "whole" / name))
+
+
+def test_a_sample_that_another_process_wrote_first_stays(tmp_path, sampled, monkeypatch):
+    """Though it came at the last moment, and leaves nothing else behind."""
+    link, theirs = media.os.link, tmp_path / "out" / "videos" / "a cat-0.mp4"
+
+    def overtaken(source, target):
+        if target == theirs:
+            theirs.write_bytes(b"theirs")
+        link(source, target)
+
+    monkeypatch.setattr(media.os, "link", overtaken)
+    with pytest.raises(UserError, match=r"a cat-0\.mp4 is there already: another process works in this folder"):
+        write(tmp_path / "out")
+    assert theirs.read_bytes() == b"theirs"
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_dropped_latents_include_those_that_a_killed_command_left(tmp_path, sampled, monkeypatch):
+    """It ended when its samples were in their places and the latents not yet removed."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_sets, "_drop_latents", lambda *_: None)
+        write(out, keep_latents=False)
+    assert sum(name.startswith("latents") for name in names(out)) == 4
+    write(out, share=(0, 2), keep_latents=False)
+    assert sum(name.startswith("latents") for name in names(out)) == 2  # another process's
+    write(out, keep_latents=False)
+    assert not any(name.startswith("latents") for name in names(out))
+    assert len(sampled) == 4
+
+
 def test_a_set_has_one_way_of_sampling(tmp_path, sampled):
     before = write(tmp_path / "out")
     with pytest.raises(UserError, match=r"was sampled with other steps \(steps was 2, now 3\): give another --out"):
