@@ -276,13 +276,16 @@ def open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
 def describe_order(arguments: Namespace, order: Order, model: str) -> dict[str, Any]:
     """The settings that all files of a command share."""
     has_guidance = max(order.sampling["guidance"]) > 1
+    names = ("vae", "text_encoder", "tokenizer", "image_encoder", "embeddings", "image", "video")
+    paths = {name: getattr(arguments, name) for name in names}
     return {
         "model": model,
         "dit": [str(path) for path in arguments.dit],
+        **{name: path and str(path) for name, path in paths.items()},
+        "dtype": options.check_dtype(arguments),
+        "tile": bool(arguments.tile),
         **order.sampling,
         "negative": order.negative if has_guidance else None,
-        "image": arguments.image and str(arguments.image),
-        "video": arguments.video and str(arguments.video),
         "condition_frames": len(order.given) if arguments.video else None,
         "size": "x".join(map(str, order.size)),
         "frames": order.frames,

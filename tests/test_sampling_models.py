@@ -165,6 +165,12 @@ def test_text_to_video(tmp_path, parts, capsys):
         "seed": 7,
         "model": "wan2.1-t2v",
         "dit": [str(dit)],
+        **{name: str(tmp_path / name) for name in ("vae", "text_encoder")},
+        "tokenizer": str(tmp_path / "tokenizer.json"),
+        "image_encoder": None,
+        "embeddings": None,
+        "dtype": "float32",
+        "tile": False,
         "sampler": "unipc",
         "guidance": [5.0],
         "steps": 2,
@@ -244,6 +250,7 @@ def test_a_distilled_model_makes_an_image(tmp_path, parts):
     assert [path.name for path in paths] == ["0000_seed0.png", "0001_seed0.png"]
     metadata = media.read_metadata(paths[1])
     expected = {"prompt": None, "embedding": 1, "sampler": "few-step-ode", "steps": 1, "sigma_max": 200.0}
+    expected |= {"embeddings": str(tmp_path / "texts.safetensors"), "tokenizer": None}
     assert {name: metadata[name] for name in expected} == expected
     assert (metadata["guidance"], metadata["negative"], "shift" in metadata) == ([1.0], None, False)
     first, second = (np.asarray(Image.open(path), float) for path in paths)
