@@ -191,7 +191,7 @@ def _write_set(arguments: Namespace, plan: layouts.Plan, share: tuple[int, int])
     """Checks the rest, opens every checkpoint and makes the samples."""
     order = check_order(arguments)
     keep_compilations()
-    from rcm_jax import inference, sample_sets
+    from rcm_jax import inference, inputs, sample_sets
 
     settings = inference.Settings(**order.sampling)
     inference.sample_times(settings)
@@ -205,6 +205,7 @@ def _write_set(arguments: Namespace, plan: layouts.Plan, share: tuple[int, int])
         fps=order.fps,
         tiled=bool(arguments.tile),
         facts={"layout": arguments.layout, "first_seed": arguments.seed, **facts},
+        files=inputs.describe_checkpoints([*arguments.dit, arguments.vae, arguments.text_encoder, arguments.tokenizer]),
     )
     keep = not arguments.drop_latents
     chunk = arguments.chunk

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         given = _check(arguments)
         target = arguments.out / arguments.name
         keep_compilations()
-        from rcm_jax import precompute
+        from rcm_jax import inputs, precompute
 
         if arguments.to_tar is not None:
             size = arguments.shard_size or SHARD_SIZE
@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> None:
             source = precompute.from_tar(arguments.from_tar, arguments.negative_embedding)
         else:
             source = _open_source(arguments)
+            networks = [*(arguments.dit or []), arguments.vae, arguments.text_encoder, arguments.tokenizer]
+            given |= inputs.describe_checkpoints(networks)
         precompute.write_data_set(source, target, given, max_bad=arguments.max_bad)
 
 

@@ -13,6 +13,8 @@ PNG, with the settings in the file's metadata.
 
 import re
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,12 +107,11 @@ def _sample_recipe(config: ConfigDict, arguments: Namespace) -> None:
         batch_size=min(len(rows), 80),
         label="sampling",
     )
-    films = zip(rows, generated.latent_NTHWC, strict=True)
-    for number, ((prompt, seed), latent) in enumerate(films, _first_number(arguments.out)):
-        path = arguments.out / f"{number:04d}_seed{seed}.mp4"
+    for (prompt, seed), latent in zip(rows, generated.latent_NTHWC, strict=True):
         metadata = {"prompt": prompt, "seed": seed, "dit": str(weights), **settings}
-        media.write_video(path, digits.latent_to_video(latent, variant), fps=digits.FPS, scale=8, metadata=metadata)
-        print(path)
+        video_THWC = digits.latent_to_video(latent, variant)
+        write = partial(media.write_video, video_THWC=video_THWC, fps=digits.FPS, scale=8, metadata=metadata)
+        print(_write_next(arguments.out, f"seed{seed}.mp4", write))
 
 
 class Order(NamedTuple):
@@ -147,23 +148,33 @@ def _sample_model(arguments: Namespace) -> None:
     shape = parts.autoencoder.config.latent_shape((order.frames, *reversed(order.size)))
     latents = inference.sample_latents(parts.transformer, texts, rows, shape, settings, condition)
     videos = inference.decode(parts.autoencoder, latents, tiled=bool(arguments.tile))
-    films = zip(rows, videos, strict=True)
-    for number, ((text, seed), video_THWC) in enumerate(films, _first_number(arguments.out)):
+    for (text, seed), video_THWC in zip(rows, videos, strict=True):
         prompt = order.prompts[text] if order.prompts else None
         metadata = {"prompt": prompt, "embedding": None if prompt else text, "seed": seed}
         metadata |= describe_order(arguments, order, parts.transformer.model)
-        path = arguments.out / f"{number:04d}_seed{seed}"
         if order.frames == 1:
-            path = path.with_suffix(".png")
-            media.write_image(path, video_THWC[0], metadata=metadata)
+            name, write = f"seed{seed}.png", partial(media.write_image, image_HWC=video_THWC[0], metadata=metadata)
         else:
-            path = path.with_suffix(".mp4")
-            media.write_video(path, video_THWC, fps=order.fps, metadata=metadata)
-        print(path)
+            name = f"seed{seed}.mp4"
+            write = partial(media.write_video, video_THWC=video_THWC, fps=order.fps, metadata=metadata)
+        print(_write_next(arguments.out, name, write))
 
 
-def _first_number(folder: Path) -> int:
-    """The number after those of the files that earlier commands left in a folder: none of them is written over."""
+def _write_next(folder: Path, name: str, write: Callable[..., None]) -> Path:
+    """Writes a file under the number after those in a folder; another command may take that one meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = _next_number(folder)
+    while True:
+        path = folder / f"{number:04d}_{name}"
+        try:
+            write(path, replace=False)
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def _next_number(folder: Path) -> int:
+    """The number after those of the files that are in a folder."""
     numbers = (re.match(r"(\d+)_seed", path.name) for path in folder.glob("*_seed*"))
     return 1 + max((int(number[1]) for number in numbers if number), default=-1)
 
@@ -265,13 +276,16 @@ def open_parts(arguments: Namespace, order: Order, settings: Any) -> Any:
 def describe_order(arguments: Namespace, order: Order, model: str) -> dict[str, Any]:
     """The settings that all files of a command share."""
     has_guidance = max(order.sampling["guidance"]) > 1
+    names = ("vae", "text_encoder", "tokenizer", "image_encoder", "embeddings", "image", "video")
+    paths = {name: getattr(arguments, name) for name in names}
     return {
         "model": model,
         "dit": [str(path) for path in arguments.dit],
+        **{name: path and str(path) for name, path in paths.items()},
+        "dtype": options.check_dtype(arguments),
+        "tile": bool(arguments.tile),
         **order.sampling,
         "negative": order.negative if has_guidance else None,
-        "image": arguments.image and str(arguments.image),
-        "video": arguments.video and str(arguments.video),
         "condition_frames": len(order.given) if arguments.video else None,
         "size": "x".join(map(str, order.size)),
         "frames": order.frames,

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import secrets
 import textwrap
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -43,16 +44,40 @@ def json_text(value: object, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
-def write_file(path: str | Path, data: bytes) -> None:
-    """Puts `data` at `path` whole or not at all: it is written beside `path` and renamed. Makes missing folders."""
+def write_file(path: str | Path, data: bytes, *, replace: bool = True) -> None:
+    """Puts `data` at `path` whole or not at all: it is written beside `path` and renamed. Makes missing folders.
+
+    Raises FileExistsError, without `replace`, where something is already.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process's number alone: on two hosts that share a folder it may be the same.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.write_bytes(data)
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def publish(finished: Path, path: Path) -> None:
+    """Moves a file to `path`. Raises FileExistsError where something is already, be it for an instant."""
+    try:
+        os.link(finished, path)
+    except FileExistsError:
+        raise
+    except OSError:  # not every file system has hard links: there an empty file holds the place first
+        path.open("xb").close()
+        try:
+            os.replace(finished, path)
+        except BaseException:
+            path.unlink()
+            raise
+    else:
+        finished.unlink()
 
 
 def encode_mp4(
@@ -108,22 +133,31 @@ def write_video(
     fps: float | int,
     scale: int = 1,
     metadata: Mapping[str, object] | None = None,
+    replace: bool = True,
 ) -> None:
-    """Writes encode_mp4(...) to `path`, which must end in .mp4."""
+    """Writes encode_mp4(...) to `path`, which must end in .mp4, as write_file does."""
     _require_suffix(path, ".mp4")
-    write_file(path, encode_mp4(video_THWC, fps=fps, scale=scale, metadata=metadata))
+    write_file(path, encode_mp4(video_THWC, fps=fps, scale=scale, metadata=metadata), replace=replace)
 
 
 def write_image(
-    path: str | Path, image_HWC: ArrayLike, *, scale: int = 1, metadata: Mapping[str, object] | None = None
+    path: str | Path,
+    image_HWC: ArrayLike,
+    *,
+    scale: int = 1,
+    metadata: Mapping[str, object] | None = None,
+    replace: bool = True,
 ) -> None:
-    """Writes a uint8 picture (H, W, C), C = 1 or 3, as PNG with its metadata; each pixel becomes scale x scale."""
+    """Writes a uint8 picture (H, W, C), C = 1 or 3, as PNG with its metadata, as write_file does.
+
+    Each pixel becomes scale x scale.
+    """
     _require_suffix(path, ".png")
     image_HWC = np.asarray(image_HWC)
     if image_HWC.ndim != 3:
         raise ValueError(f"image_HWC has shape {image_HWC.shape}: it must be (height, width, channels)")
     image_1HWC = _upscale(_checked_video(image_HWC[None], "image_HWC[None]"), scale)
-    write_file(path, _png(_picture(image_1HWC[0]), metadata))
+    write_file(path, _png(_picture(image_1HWC[0]), metadata), replace=replace)
 
 
 def read_metadata(path: str | Path) -> dict:

@@ -19,6 +19,7 @@ from rcm_jax.data import pipeline, samples, tar_shards, videos
 from rcm_jax.data.samples import BadSampleError, Sample, Spec
 from rcm_jax.data.shards import Shards, digest, split, write_shards
 from rcm_jax.data.tokenizer import Tokens
+from rcm_jax.inputs import describe_file
 
 NEGATIVE = "negative.safetensors"
 READERS = 8  # videos that are decoded at once, ahead of the network
@@ -98,7 +99,7 @@ def from_videos(
                 else:
                     yield Sample(encode(film).astype(BFLOAT16), text_SD, clip.caption or "", str(clip.path))
 
-    known = [(str(clip.path), clip.path.stat().st_size if clip.path.exists() else 0, clip.caption) for clip in clips]
+    known = [(str(clip.path), describe_file(clip.path), clip.caption) for clip in clips]
     shape = autoencoder.config.latent_shape((frames, size[1], size[0]))
     facts = {"source": "videos", "clips": digest(known), "fps": fps}
     counts = split(len(clips), shard_size)
@@ -142,10 +143,10 @@ def from_tar(paths: Sequence[Path], negative: Path | None) -> Source:
     """
     shards = tar_shards.open_shards(paths)
     spec = samples.spec_of(_first_sound(sample for shard in shards for sample in tar_shards.read_samples(shard)))
-    known = [(str(shard.path), shard.path.stat().st_size) for shard in shards]
+    known = [(str(shard.path), describe_file(shard.path)) for shard in shards]
     negative_SD = None if negative is None else _read_negative(negative, spec.text_shape)
     return Source(
-        {"source": "tar", "shards": digest(known), "negative": negative and str(negative)},
+        {"source": "tar", "shards": digest(known), "negative": negative and [str(negative), describe_file(negative)]},
         spec,
         [shard.count for shard in shards],
         lambda shard, _: tar_shards.read_samples(shards[shard]),
@@ -231,7 +232,8 @@ def export_tar(data_set: Path, target: Path, *, shard_size: int, max_bad: float)
         finish=finish,
     )
     described = (data_set / "dataset_info.json").read_text()
-    facts = {"source": str(data_set), "described": digest(described), "shard_size": shard_size}
+    files = [(file.name, describe_file(file)) for file in sorted(data_set.iterdir()) if file.is_file()]
+    facts = {"source": str(data_set), "described": digest([described, files]), "shard_size": shard_size}
     write_shards(shards, target, facts, max_bad=max_bad)
 
 

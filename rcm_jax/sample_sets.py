@@ -1,6 +1,6 @@
 """Sets of samples on disk: a folder of videos or pictures that tell their prompt, seed and settings, and their latents.
 
-    set/sampling.json    what all samples have in common
+    set/sampling.json    what all samples have in common, and the checkpoints' sizes and times
     set/videos, images   the samples, as a benchmark reads them (layouts.py), with nothing else among the videos
     set/latents          a latent for each sample, under the same path
 
@@ -8,10 +8,11 @@ A sample is whole or absent, so a set that was interrupted goes on where it ende
 """
 
 import json
-import os
+import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -66,6 +67,8 @@ class Sampling(NamedTuple):
         fps: frames a second.
         tiled: whether the decoder runs in tiles.
         facts: what a sample's metadata tell of all this.
+        files: the checkpoints' files, as inputs.py tells them from others. They are part of the set's record alone:
+            the same network may be elsewhere where another set is made.
     """
 
     parts: inference.Parts
@@ -75,6 +78,7 @@ class Sampling(NamedTuple):
     fps: int
     tiled: bool
     facts: Mapping[str, Any]
+    files: Mapping[str, str] = MappingProxyType({})
 
 
 def write_set(
@@ -99,10 +103,13 @@ def write_set(
         keep_latents: whether a latent stays when its sample is written.
 
     Raises:
-        UserError: the folder holds samples that were made otherwise.
+        UserError: the folder holds samples that were made otherwise, or by other networks.
     """
-    _claim(folder, sampling.facts)
-    missing = [shot for shot in plan.shots[share[0] :: share[1]] if not is_finished(folder, shot)]
+    _claim(folder, sampling.facts, sampling.files)
+    ours = plan.shots[share[0] :: share[1]]
+    missing = [shot for shot in ours if not is_finished(folder, shot)]
+    if not keep_latents:  # those that a command left which was killed before it removed them
+        _drop_latents(folder, set(ours) - set(missing))
     for path, text in plan.files.items():
         media.write_file(folder / path, text.encode())
     for start in range(0, len(missing), chunk):
@@ -110,8 +117,7 @@ def write_set(
         _sample(folder, shots, sampling)
         _decode(folder, shots, sampling)
         if not keep_latents:
-            for shot in shots:
-                latent_path(folder, shot.path).unlink()
+            _drop_latents(folder, shots)
     return len(missing)
 
 
@@ -193,12 +199,14 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         raise UserError(f"{error}, or remove it") from None
 
 
-def _claim(folder: Path, facts: Mapping[str, Any]) -> None:
+def _claim(folder: Path, facts: Mapping[str, Any], files: Mapping[str, str]) -> None:
     """Writes what the samples have in common, or compares it with what is there."""
-    path, text = folder / RECORD, media.json_text(facts, indent=2)
-    if not path.exists():
-        media.write_file(path, text.encode() + b"\n")
+    path, text = folder / RECORD, media.json_text({**facts, **files}, indent=2)
+    try:
+        media.write_file(path, text.encode() + b"\n", replace=False)
         return
+    except FileExistsError:
+        pass
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -208,9 +216,12 @@ def _claim(folder: Path, facts: Mapping[str, Any]) -> None:
     wanted = json.loads(text)
     if differing := _differing(there, wanted):
         name = differing[0]
+        remedy = "give another --out"
+        if name in files:
+            remedy += ", or the very files: a copy keeps their time with cp -p"
         raise UserError(
             f"{folder} was sampled with other {', '.join(differing)} ({name} was {there.get(name)!r}, now"
-            f" {wanted.get(name)!r}): give another --out"
+            f" {wanted.get(name)!r}): {remedy}"
         )
 
 
@@ -270,24 +281,33 @@ def _decode(folder: Path, shots: Sequence[Shot], sampling: Sampling) -> None:
             "decoding_seconds": float(f"{seconds:.6g}"),
         }
         # An unfinished file must not lie among the videos: VBench would take its suffix for theirs.
-        staged = folder / f".{os.getpid()}{shot.path.suffix}"
-        if shot.path.suffix == ".png":
-            media.write_image(staged, video_THWC[0], metadata=metadata)
-        else:
-            media.write_video(staged, video_THWC, fps=sampling.fps, metadata=metadata)
-        _publish(staged, folder / shot.path)
+        # Its name is random: processes that share the set may run on several hosts and have one number.
+        staged = folder / f".{secrets.token_hex(8)}{shot.path.suffix}"
+        try:
+            if shot.path.suffix == ".png":
+                media.write_image(staged, video_THWC[0], metadata=metadata)
+            else:
+                media.write_video(staged, video_THWC, fps=sampling.fps, metadata=metadata)
+            _publish(staged, folder / shot.path)
+        finally:
+            staged.unlink(missing_ok=True)
 
 
 def _publish(staged: Path, path: Path) -> None:
     """Moves a finished file to its place. Raises UserError if something came there meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        staged.unlink()
+    try:
+        media.publish(staged, path)
+    except FileExistsError:
         raise UserError(
             f"{path} is there already: another process works in this folder, or the disk takes the names of two"
             " prompts for one; give another --out"
-        )
-    os.replace(staged, path)
+        ) from None
+
+
+def _drop_latents(folder: Path, shots: Iterable[Shot]) -> None:
+    for shot in shots:
+        latent_path(folder, shot.path).unlink(missing_ok=True)
 
 
 def _timed(items: Iterator[Any]) -> Iterator[tuple[Any, float]]:

@@ -8,7 +8,7 @@ import pytest
 from test_sampling_models import WAN, decoded, frames_of, parts, tiny, write_wan  # noqa: F401  (fixtures)
 
 from launch import evaluate, sample
-from rcm_jax import inference, layouts, media, sample_sets, set_scores
+from rcm_jax import inference, inputs, layouts, media, sample_sets, set_scores
 from rcm_jax.config import UserError
 from rcm_jax.convert.loading import Transformer
 from rcm_jax.data.tokenizer import Tokens
@@ -248,6 +248,54 @@ def test_processes_share_the_work(tmp_path, sampled):
     assert len(sampled) == 4
 
 
+def test_processes_of_several_hosts_share_the_work(tmp_path, sampled, monkeypatch):
+    """Their numbers are the same, and one makes its part while the other is about to put a sample in its place."""
+    publish, out, whole = media.publish, tmp_path / "out", write(tmp_path / "whole")
+
+    def overtaken(staged, path):
+        if path.suffix == ".mp4":
+            monkeypatch.setattr(media, "publish", publish)
+            write(out, share=(1, 2))
+        publish(staged, path)
+
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(media, "publish", overtaken)
+    assert write(out, share=(0, 2)) == whole
+    for name in whole:
+        if name.endswith(".mp4"):
+            np.testing.assert_array_equal(frames_of(out / name), frames_of(tmp_path / "whole" / name))
+
+
+def test_a_sample_that_another_process_wrote_first_stays(tmp_path, sampled, monkeypatch):
+    """Though it came at the last moment, and leaves nothing else behind."""
+    link, theirs = media.os.link, tmp_path / "out" / "videos" / "a cat-0.mp4"
+
+    def overtaken(source, target):
+        if target == theirs:
+            theirs.write_bytes(b"theirs")
+        link(source, target)
+
+    monkeypatch.setattr(media.os, "link", overtaken)
+    with pytest.raises(UserError, match=r"a cat-0\.mp4 is there already: another process works in this folder"):
+        write(tmp_path / "out")
+    assert theirs.read_bytes() == b"theirs"
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_dropped_latents_include_those_that_a_killed_command_left(tmp_path, sampled, monkeypatch):
+    """It ended when its samples were in their places and the latents not yet removed."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_sets, "_drop_latents", lambda *_: None)
+        write(out, keep_latents=False)
+    assert sum(name.startswith("latents") for name in names(out)) == 4
+    write(out, share=(0, 2), keep_latents=False)
+    assert sum(name.startswith("latents") for name in names(out)) == 2  # another process's
+    write(out, keep_latents=False)
+    assert not any(name.startswith("latents") for name in names(out))
+    assert len(sampled) == 4
+
+
 def test_a_set_has_one_way_of_sampling(tmp_path, sampled):
     before = write(tmp_path / "out")
     with pytest.raises(UserError, match=r"was sampled with other steps \(steps was 2, now 3\): give another --out"):
@@ -255,6 +303,50 @@ def test_a_set_has_one_way_of_sampling(tmp_path, sampled):
     with pytest.raises(UserError, match="is of prompt, caption and seed"):
         write(tmp_path / "out", seed=1)
     assert names(tmp_path / "out") == before
+
+
+def test_a_set_has_the_networks_that_it_began_with(tmp_path, parts, sampled, capsys):  # noqa: F811
+    """Not others under the same names, nor in another precision; the set itself may lie among their files."""
+    dit = write_wan(tmp_path / "dit", WAN)
+    words = ["sample", "--layout=vbench", f"--prompt-file={write_prompts(tmp_path / 'a.txt', 'vbench')}", "--count=1"]
+    words += [f"--out={dit / 'out'}", "--model=wan2.1-t2v", f"--dit={dit}", *parts, "--size=32x16", "--frames=5"]
+
+    def refused(*more):
+        with pytest.raises(SystemExit):
+            evaluate.main([*words, *more])
+        return capsys.readouterr().err.splitlines()[-1]
+
+    evaluate.main(words)
+    assert "was sampled with other dtype (dtype was 'bfloat16', now 'float32')" in refused("--dtype=float32")
+    assert "was sampled with other tile (tile was False, now True): give another --out" in refused("--tile")
+    for file in (dit / "model.safetensors", tmp_path / "vae" / "model.safetensors", tmp_path / "tokenizer.json"):
+        before = file.stat().st_mtime_ns
+        os.utime(file, ns=(before, before + 10**9))  # as another export of the same size has
+        assert f"was sampled with other file {file} (file {file} was" in (error := refused())
+        assert error.endswith("give another --out, or the very files: a copy keeps their time with cp -p")
+        os.utime(file, ns=(before, before))
+    evaluate.main(words)
+    assert len(sampled) == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "counted"),
+    [
+        (["a.pth"], ["a.pth"]),
+        (["a-1.safetensors", "a-2.safetensors", "config.json", "notes.txt", "out/latents/b.safetensors"], slice(3)),
+        (["low_noise_model/a.safetensors", "high_noise_model/a.safetensors", "vae.pth"], slice(2)),
+        (["model/.metadata", "model/__0_0.distcp", "metrics.jsonl"], ["model/__0_0.distcp"]),
+        (["checkpoints/9/state/a", "checkpoints/10/state/b/c", "report.html"], ["checkpoints/10/state/b/c"]),
+    ],
+)
+def test_what_counts_in_a_checkpoints_folder_is_its_networks(files, counted, tmp_path):
+    for file in files:
+        media.write_file(tmp_path / file, b"12")
+    path = tmp_path / "a.pth" if files == ["a.pth"] else tmp_path
+    wanted = files[counted] if isinstance(counted, slice) else counted
+    found = inputs.describe_checkpoints([path, None])
+    assert set(found) == {f"file {tmp_path / file}" for file in wanted}
+    assert all(text.startswith("2 bytes of 20") for text in found.values())
 
 
 def test_a_latent_of_another_prompt_is_refused(tmp_path, sampled):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,6 +114,26 @@ def test_samples_are_videos_that_tell_how_they_were_made(killed_and_resumed, fol
         settings = {"prompt": prompt, "seed": seed, "steps": 1, "sampler": "few-step-sde", "dit": str(weights)}
         assert {name: metadata[name] for name in settings} == settings
     assert paths[0].read_bytes() != paths[1].read_bytes()
+
+
+def test_commands_that_share_a_folder_keep_each_others_files(tmp_path, monkeypatch):
+    """Though the other one takes the number at the last moment."""
+    write, theirs = media.write_video, tmp_path / "0000_seed0.mp4"
+
+    def overtaken(path, *pixels, **rest):
+        if not theirs.exists():
+            media.write_file(theirs, b"theirs")
+        write(path, *pixels, **rest)
+
+    latents = SimpleNamespace(latent_NTHWC=np.zeros((1, *digits.VARIANTS["digits"].latent_shape), np.float32))
+    monkeypatch.setattr(media, "write_video", overtaken)
+    monkeypatch.setattr("rcm_jax.generation.generate", lambda *_, **__: latents)
+    monkeypatch.setattr("rcm_jax.train.load_params", lambda *_: {})
+    monkeypatch.setattr(sample, "keep_compilations", lambda: None)
+    sample.main([f"--config={ROOT / 'configs/digits_rcm.py'}", "--dit=a", "--prompt=a one", f"--out={tmp_path}"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000_seed0.mp4", "0001_seed0.mp4"]
+    assert theirs.read_bytes() == b"theirs"
+    assert media.read_metadata(tmp_path / "0001_seed0.mp4")["prompt"] == "a one"
 
 
 def test_help_shows_the_command_of_the_docstring(tmp_path):

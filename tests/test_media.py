@@ -139,6 +139,57 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.fixture(params=["hard links", "no hard links"])
+def file_system(request, monkeypatch):
+    """One with hard links, and one without, as FAT and some that are mounted over a network."""
+
+    def refuse(source, target):
+        raise PermissionError("Operation not permitted")
+
+    if request.param == "no hard links":
+        monkeypatch.setattr(media.os, "link", refuse)
+
+
+@pytest.mark.usefixtures("file_system")
+def test_a_file_that_must_be_new_replaces_none(tmp_path):
+    path = tmp_path / "a" / "a.png"
+    media.write_image(path, noise(4, 4, 3), metadata={"seed": 0}, replace=False)
+    with pytest.raises(FileExistsError):
+        media.write_image(path, noise(4, 4, 3), metadata={"seed": 1}, replace=False)
+    with pytest.raises(FileExistsError):
+        media.write_file(path, b"other", replace=False)
+    assert media.read_metadata(path) == {"seed": 0}
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.usefixtures("file_system")
+def test_processes_of_one_number_write_the_same_file_at_once(tmp_path, monkeypatch):
+    """They run on hosts of their own, and share a folder: each file is whole, and the first one stays."""
+    path, write_bytes = tmp_path / "a.json", media.Path.write_bytes
+
+    def overtaken(self, data):
+        monkeypatch.setattr(media.Path, "write_bytes", write_bytes)
+        write_bytes(self, data)
+        media.write_file(path, b"first", replace=False)
+
+    monkeypatch.setattr(media.Path, "write_bytes", overtaken)
+    with pytest.raises(FileExistsError):
+        media.write_file(path, b"second", replace=False)
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_new_file_that_fails_leaves_its_place_free(tmp_path, monkeypatch):
+    def fail(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(media.os, "link", fail)
+    monkeypatch.setattr(media.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        media.write_file(tmp_path / "a", b"new", replace=False)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_image_pixels_are_exact(tmp_path, channels):
     image = noise(5, 7, channels)

@@ -1,6 +1,7 @@
 """launch.precompute with tiny networks: what the data sets hold, that they train, resume, and refuse."""
 
 import json
+import os
 
 import av
 import jax.numpy as jnp
@@ -209,6 +210,34 @@ def test_another_commands_work_is_kept(tmp_path, of_videos, read, capsys):
     expected = contents(run(tmp_path, *of_videos))
     assert "mine exists and is never overwritten" in refuse(tmp_path, other, capsys)
     assert contents(tmp_path / "mine") == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "changed"),
+    [
+        ("of_captions", "dit/model.safetensors"),
+        ("of_captions", "parts/text_encoder/model.safetensors"),
+        ("of_videos", "parts/vae/model.safetensors"),
+        ("of_videos", "videos/0.mp4"),
+    ],
+)
+def test_a_data_set_is_finished_with_the_files_it_began_with(source, changed, tmp_path, request, monkeypatch, capsys):
+    """Others that came under the same names make another command."""
+
+    def kill(*_, **__):
+        raise Kill
+
+    monkeypatch.setattr(inference, "sample_latents", kill)
+    monkeypatch.setattr(videos, "read_frames", kill)
+    words, path = request.getfixturevalue(source), tmp_path / changed
+    with pytest.raises(Kill):
+        run(tmp_path, *words)
+    before = path.stat().st_mtime_ns
+    os.utime(path, ns=(before, before + 10**9))  # as another export of the same size has
+    assert "is what another command has not finished" in refuse(tmp_path, words, capsys)
+    os.utime(path, ns=(before, before))
+    with pytest.raises(Kill):  # it goes on
+        run(tmp_path, *words)
 
 
 def test_bad_videos_are_left_out_by_name(tmp_path, of_videos, folder, capsys):

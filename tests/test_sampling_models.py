@@ -165,6 +165,12 @@ def test_text_to_video(tmp_path, parts, capsys):
         "seed": 7,
         "model": "wan2.1-t2v",
         "dit": [str(dit)],
+        **{name: str(tmp_path / name) for name in ("vae", "text_encoder")},
+        "tokenizer": str(tmp_path / "tokenizer.json"),
+        "image_encoder": None,
+        "embeddings": None,
+        "dtype": "float32",
+        "tile": False,
         "sampler": "unipc",
         "guidance": [5.0],
         "steps": 2,
@@ -184,6 +190,27 @@ def test_text_to_video(tmp_path, parts, capsys):
     kept = alone.read_bytes()
     assert [path.name for path in run(alone.parent, *words, "--seeds=8")] == ["0000_seed7.mp4", "0001_seed8.mp4"]
     assert alone.read_bytes() == kept
+
+
+@pytest.mark.parametrize("frames", [1, FRAMES], ids=["picture", "video"])
+def test_commands_that_share_a_folder_keep_each_others_files(frames, tmp_path, parts, monkeypatch):
+    """Though the other one takes the number at the last moment."""
+    suffix, kind = ("png", "write_image") if frames == 1 else ("mp4", "write_video")
+    write, theirs = getattr(media, kind), tmp_path / "out" / f"0000_seed0.{suffix}"
+
+    def overtaken(path, *pixels, **rest):
+        if not theirs.exists():
+            media.write_file(theirs, b"theirs")
+        write(path, *pixels, **rest)
+
+    monkeypatch.setattr(media, kind, overtaken)
+    words = ["--model=wan2.1-t2v", f"--dit={write_wan(tmp_path / 'dit', WAN)}", *parts, "--steps=1", "--prompt=a cat"]
+    paths = run(tmp_path / "out", *words, "--seeds=0,3", f"--frames={frames}")
+    assert [path.name for path in paths] == [
+        f"000{number}_seed{seed}.{suffix}" for number, seed in ((0, 0), (1, 0), (2, 3))
+    ]
+    assert theirs.read_bytes() == b"theirs"
+    assert [media.read_metadata(path)["seed"] for path in paths[1:]] == [0, 3]
 
 
 def test_several_devices_sample_the_video_of_one(tmp_path, parts, decoded):
@@ -223,6 +250,7 @@ def test_a_distilled_model_makes_an_image(tmp_path, parts):
     assert [path.name for path in paths] == ["0000_seed0.png", "0001_seed0.png"]
     metadata = media.read_metadata(paths[1])
     expected = {"prompt": None, "embedding": 1, "sampler": "few-step-ode", "steps": 1, "sigma_max": 200.0}
+    expected |= {"embeddings": str(tmp_path / "texts.safetensors"), "tokenizer": None}
     assert {name: metadata[name] for name in expected} == expected
     assert (metadata["guidance"], metadata["negative"], "shift" in metadata) == ([1.0], None, False)
     first, second = (np.asarray(Image.open(path), float) for path in paths)
