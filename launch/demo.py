@@ -12,6 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from launch import keep_compilations
+from rcm_jax import options
 from rcm_jax.config import Command, UserError, load
 from rcm_jax.media import json_text
 
@@ -25,6 +26,7 @@ def main() -> None:
     command.add_argument("--workdir", metavar="DIR", required=True, help="where everything is written")
     arguments = command.parse_args()
     with command.reports_user_errors():
+        options.check_target("--workdir", arguments.workdir, kind="folder")
         workdir, config = Path(arguments.workdir), load(CONFIG)
         _check_recipe(workdir, config)
         if not (workdir / "report.json").exists():

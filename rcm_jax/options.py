@@ -4,10 +4,11 @@ Nothing here imports JAX at once, so a mistake on the command line is reported a
 """
 
 import math
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rcm_jax.config import UserError
 from rcm_jax.published import (
@@ -19,6 +20,8 @@ from rcm_jax.published import (
     fit_size,
     parse_size,
 )
+
+MAX_FPS = 1000  # encoders take no rate without a limit, and no video has more
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -102,6 +105,18 @@ def check_sampling(arguments: Namespace, published: Published) -> dict[str, Any]
     return sampling | {"sigma_max": sigma_max}
 
 
+def check_target(option: str, path: str | Path, *, kind: Literal["file", "folder"]) -> None:
+    """Raises UserError if no file, or no folder of files, can be written at a path. Writes nothing itself."""
+    is_kind = os.path.isfile if kind == "file" else os.path.isdir
+    if os.path.lexists(path) and not is_kind(path):
+        raise UserError(f"{option} {path} must be a {kind}, and something else is there: choose another path")
+    folder = os.path.abspath(path) if kind == "folder" else os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(folder):  # missing folders are made
+        folder = os.path.dirname(folder)
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        raise UserError(f"{option} {path} cannot be written: {folder} must be a folder that you may write to")
+
+
 def check_dtype(arguments: Namespace) -> str:
     """The dtype of the networks. Raises UserError for one that is not supported."""
     if arguments.dtype not in (None, "bfloat16", "float32"):
@@ -116,6 +131,13 @@ def check_frames(arguments: Namespace, published: Published) -> int:
         near = 1 + frames // FRAME_FACTOR * FRAME_FACTOR
         raise UserError(f"--frames {frames} must be 1 + a multiple of {FRAME_FACTOR}: write --frames {near}")
     return frames
+
+
+def check_fps(fps: int) -> int:
+    """The frames a second. Raises UserError for a rate that no video has."""
+    if not 1 <= fps <= MAX_FPS:
+        raise UserError(f"--fps {fps} must lie between 1 and {MAX_FPS}: choose another")
+    return fps
 
 
 def check_size(text: str, block: int, image: Any = None) -> tuple[int, int]:

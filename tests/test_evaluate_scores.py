@@ -313,6 +313,7 @@ def test_features_of_different_networks_are_not_compared(tmp_path):
         (["score", ".", "--network=a", "--mean=1,2"], "--mean 1,2 must be one number or three"),
         (["score", ".", "--network=a", "--size=big"], "--size big must be WIDTHxHEIGHT"),
         (["score", ".", "--network=a", "--frames=0"], "--frames 0 must be at least 1"),
+        (["score", ".", "--network=a", "--fps=2147483648"], "--fps 2147483648 must lie between 1 and 1000"),
         (["score", ".", "--network=a", "--axes=NHW"], "--axes NHW must be one of NCTHW"),
         (["features", ".", "--out=a"], "features needs --network"),
         (["features", ".", "--out=a", "--network=b.onnx"], ". has no video"),
@@ -326,3 +327,22 @@ def test_a_mistake_is_one_line_and_nothing_is_written(words, message, tmp_path, 
     assert (exit_.value.code, error.count("\n")) == (2, 1)
     assert message in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
+def test_a_mistyped_out_costs_no_checkpoint(name, folder, tmp_path, capsys):
+    save_file({"kernel": np.zeros((2, 2), np.float32)}, tmp_path / "weights.safetensors")
+    (tmp_path / "weights.pth").write_bytes(b"PK")
+    write_network(tmp_path / "a.onnx")
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(SystemExit):
+        evaluate.main(["features", str(folder), f"--network={tmp_path / 'a.onnx'}", f"--out={tmp_path / name}"])
+    assert f"--out {tmp_path / name} is there and holds no features: remove it, or" in capsys.readouterr().err
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_features_may_be_written_again(folder, tmp_path):
+    write_network(tmp_path / "a.onnx")
+    save_file({"features": np.zeros((1, 2), np.float32)}, tmp_path / "a.safetensors")
+    evaluate.main(["features", str(folder), f"--network={tmp_path / 'a.onnx'}", f"--out={tmp_path / 'a.safetensors'}"])
+    assert features.read_features(tmp_path / "a.safetensors").feature_NF.shape == (9, OUT)

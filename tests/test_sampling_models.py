@@ -349,6 +349,8 @@ V2W = ["--model=cosmos-predict2-v2w", "--dit=a", "--vae=b", "--prompt=a cat"]
         ([*T2V, "--image=e"], "--image e is of no use to wan2.1-t2v-1.3b"),
         ([*T2V, "--frames=80"], "--frames 80 must be 1 + a multiple of 4: write --frames 81"),
         ([*T2V, "--frames=0"], "--frames 0 must be at least 1"),
+        ([*T2V, "--fps=0"], "--fps 0 must lie between 1 and 1000"),
+        ([*T2V, "--fps=2147483648"], "--fps 2147483648 must lie between 1 and 1000"),
         ([*T2V, "--size=830x480"], "--size 830x480 must have multiples of 16: write --size 832x480"),
         ([*T2V, "--size=big"], "--size big must be WIDTHxHEIGHT or one of 480p, 704p, 720p, 768p"),
         ([*T2V, "--sampler=few-step-sde", "--guidance=5"], "--guidance is of no use to --sampler few-step-sde"),
