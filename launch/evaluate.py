@@ -12,7 +12,6 @@ of their own.
 """
 
 import contextlib
-import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -280,7 +279,7 @@ def _check_view(arguments: Namespace) -> Any:
     for name in ("mean", "std"):
         if name in given:
             values = options.numbers(f"--{name}", given[name])
-            if len(values) not in (1, 3) or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
+            if len(values) not in (1, 3) or (name == "std" and min(values) <= 0):
                 rule = "one number or three, for red, green and blue" + (", above 0" if name == "std" else "")
                 raise UserError(f"--{name} {given[name]} must be {rule}: write --{name} 0.5")
             given[name] = values

@@ -5,7 +5,7 @@ Nothing here imports JAX at once, so a mistake on the command line is reported a
 
 import math
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,8 +54,8 @@ def add_parts(group: Any) -> list[str]:
             ("size", "WxH", str, f"or {', '.join(RESOLUTIONS)}, with an image areas: the shape is the image's"),
             ("frames", "N", int, "1 + a multiple of 4; 1 makes a picture"),
             ("fps", "N", int, "frames a second"),
-            ("shift", "X", float, "of a teacher's times towards noise"),
-            ("sigma-max", "X", float, "noise level at which a distilled model starts"),
+            ("shift", "X", number, "of a teacher's times towards noise"),
+            ("sigma-max", "X", number, "noise level at which a distilled model starts"),
             ("mid-times", "T,T", str, "TrigFlow times of a distilled model's later steps"),
             ("dtype", "NAME", str, "bfloat16 (default) or float32"),
             ("encoder-device", "N", int, "which device encodes captions, and images for CLIP (default: 0)"),
@@ -90,7 +90,7 @@ def check_sampling(arguments: Namespace, published: Published) -> dict[str, Any]
             raise UserError(f"--guidance {arguments.guidance} must be {len(guidance)} numbers of at least 1, or one")
         guidance = given * (len(guidance) // len(given))
     shift = published.shift if arguments.shift is None else arguments.shift
-    if shift is not None and not 0 < shift < math.inf:
+    if shift is not None and shift <= 0:
         raise UserError(f"--shift {shift} must be a positive number: 1 leaves the times as they are")
     sampling: dict[str, Any] = {"sampler": sampler, "guidance": guidance}
     sampling["steps"] = (
@@ -162,11 +162,22 @@ def read_prompts(path: str | None) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def number(text: str) -> float:
+    """An option's number, for argparse: float() also reads nan and inf, which no rule would catch."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ArgumentTypeError(f"{text} must be a number, such as 1.5")
+    return value
+
+
 def numbers(option: str, text: str) -> tuple[float, ...]:
     """The numbers of a list with commas. Raises UserError if it is none."""
     try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
+        return tuple(number(part) for part in text.split(","))
+    except ArgumentTypeError:
         raise UserError(f"{option} {text} must be numbers with commas between: write {option} 4,3") from None
 
 

@@ -80,9 +80,16 @@ def write_scores(path: Path, scored: Scored) -> None:
 def read_scores(path: Path) -> Scored:
     """Scores that were written. Raises UserError for a file that holds none."""
     try:
-        return Scored(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        scored = Scored(**json.loads(path.read_text(encoding="utf-8")))
+        prompts = {prompt: _plain(scores) for prompt, scores in scored.prompts.items()}
+        return Scored(_plain(scored.scores), prompts, dict(scored.conditions), list(map(str, scored.notes)))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} holds no scores ({error}): run launch.evaluate score again") from None
+
+
+def _plain(scores: Mapping[str, Any]) -> dict[str, int | float]:
+    """The scores as numbers: JSON has NaN and infinity only as text."""
+    return {name: value if isinstance(value, int) else float(value) for name, value in scores.items()}
 
 
 def _score_features(scored: Scored, samples: SampleSet, features: Features, real: Features | None) -> None:
