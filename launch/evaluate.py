@@ -97,7 +97,7 @@ def _evaluate_digits(words: Sequence[str]) -> None:
         if arguments.per_caption < 2:
             raise UserError(f"--per_caption {arguments.per_caption} must be at least 2: diversity compares videos")
         keep_compilations()
-        from rcm_jax.evaluation import evaluate, train_seconds
+        from rcm_jax.evaluation import evaluate, training_facts
         from rcm_jax.train import create_network, load_params
 
         network, log = create_network(config), workdir / "metrics.jsonl"
@@ -108,8 +108,7 @@ def _evaluate_digits(words: Sequence[str]) -> None:
             load_params(weights, network),
             workdir,
             per_caption=arguments.per_caption,
-            facts={"seeds": [config.seed], "stages": config.stages}
-            | ({"train_seconds": train_seconds(log)} if log.exists() else {}),
+            facts={"seeds": [config.seed], "stages": config.stages} | training_facts(log),
             metrics_path=log if log.exists() else None,
         )
         print(f"wrote {workdir / 'report.html'}")

@@ -171,9 +171,7 @@ def _add_spread(scored: Scored, name: str, spread: Mapping[str, float]) -> None:
 
 
 def _score_throughput(scored: Scored, samples: Sequence[Sample]) -> None:
-    timed = [
-        sample.metadata for sample in samples if {"sampling_seconds", "decoding_seconds"} <= sample.metadata.keys()
-    ]
+    timed = [sample.metadata for sample in samples if _tells_seconds(sample.metadata)]
     if not timed:
         return
     kinds = {json.dumps([said.get("device"), said.get("frames"), said.get("size")]) for said in timed}
@@ -186,3 +184,9 @@ def _score_throughput(scored: Scored, samples: Sequence[Sample]) -> None:
     scored.scores.update(seconds)
     scored.scores["frames_per_second"] = timed[0]["frames"] / sum(seconds.values())
     scored.conditions["device"] = timed[0]["device"]
+
+
+def _tells_seconds(said: Mapping[str, Any]) -> bool:
+    """Whether metadata say how long a sample took. Other programs may mean anything by one of the names."""
+    numbers = [said.get(name) for name in ("sampling_seconds", "decoding_seconds", "frames")]
+    return "device" in said and all(isinstance(value, int | float) and value > 0 for value in numbers)

@@ -161,6 +161,15 @@ def test_what_is_no_network_is_refused(tmp_path, monkeypatch):
         ({"features": np.zeros(3, np.float32)}, {}, r"holds features \(3,\): it must hold `features`, one row a video"),
         ({"features": np.full((2, 2), np.nan, np.float32)}, {}, "features that are not finite"),
         ({"features": np.zeros((2, 2), np.float32)}, {"facts": "{"}, "not JSON: leave them out"),
+        ({"features": np.zeros((2, 2), np.float32)}, {"facts": "[1]"}, "`facts` that are no JSON object: leave them"),
+        *(
+            (
+                {"features": np.zeros((2, 2), np.float32)},
+                {"paths": paths},
+                "`paths` that are not one text for each of 2",
+            )
+            for paths in ('["a", "b", "c"]', '["a"]', '["a", 1]', '"ab"', "null")
+        ),
     ],
 )
 def test_a_file_without_features_is_refused(tensors, metadata, message, tmp_path):
@@ -269,6 +278,21 @@ def test_what_is_left_out_is_said(tmp_path):
     ]
     assert (scored.scores["n"], list(scored.prompts)) == (5, ["a dog"])
     assert "feature_diversity" not in scored.scores  # nothing tells which features are of which sample
+
+
+@pytest.mark.parametrize(
+    "said", [{"frames": None}, {"device": None}, {"sampling_seconds": "long"}, {"decoding_seconds": 0}]
+)
+def test_seconds_of_other_programs_are_left_out(said, tmp_path):
+    samples = made(tmp_path / "set", prompts=("a cat",))
+    metadata = [
+        {name: value for name, value in (sample.metadata | said).items() if value is not None}
+        for sample in samples.samples
+    ]
+    others = [sample._replace(metadata=each) for sample, each in zip(samples.samples, metadata, strict=True)]
+    scored = set_scores.score_set(samples._replace(samples=others))
+    assert "frames_per_second" in set_scores.score_set(samples).scores
+    assert not scored.scores.keys() & {"frames_per_second", "sampling_seconds", "decoding_seconds"}
 
 
 def test_seconds_of_several_devices_are_not_summed_up(tmp_path):
