@@ -284,7 +284,7 @@ def _train_and_score(name: str, seed: int, arguments: argparse.Namespace) -> dic
     return {
         "stages": config.stages,
         "evaluations": count_evaluations(parse_stages(config.stages), config),
-        "train_seconds": evaluation.train_seconds(workdir / "metrics.jsonl"),
+        **evaluation.training_facts(workdir / "metrics.jsonl"),
         "curve": read_curve(workdir / "metrics.jsonl"),
         "scores": scores,
     }

@@ -96,7 +96,7 @@ def _train_and_score(judge: evaluation.Judge, name: str, seed: int, arguments: a
             "seconds_per_batch": sampled.seconds_per_batch
         }
     metrics = workdir / "metrics.jsonl"
-    return {"train_seconds": evaluation.train_seconds(metrics), "curve": read_curve(metrics), "student": scores}
+    return {**evaluation.training_facts(metrics), "curve": read_curve(metrics), "student": scores}
 
 
 def read_curve(path: Path) -> Curve:

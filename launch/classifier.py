@@ -6,7 +6,6 @@ Videos are rendered as they are needed and disturbed (sub-pixel shifts, blur, br
 at all to strongly, so that a generated video is judged by what it shows rather than by how clean it is.
 """
 
-import argparse
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,8 +17,9 @@ import tqdm
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rcm_jax import metrics
+from rcm_jax import metrics, options
 from rcm_jax.checkpoint import export_safetensors
+from rcm_jax.config import Command, UserError
 from rcm_jax.data import digits
 from rcm_jax.models.classifier import Classifier, to_tensors, weights_path
 
@@ -117,16 +117,32 @@ def accuracy(classifier: Classifier, *, disturbed: bool, views: int = 4) -> tupl
     return float((judged.digit_N == batch["digit"]).mean()), float((judged.direction_N == batch["direction"]).mean())
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=digits.VARIANTS, default="digits", help="which digits (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="file to write (default: rcm_jax/assets/DATA_classifier.safetensors)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    variant = digits.VARIANTS[options.data]
-    out = options.out or weights_path(variant)
-    classifier = train(variant, steps=options.steps)
-    facts = {"steps": str(options.steps)} | {package: version(package) for package in ("jax", "flax", "optax")}
+def main(argv: list[str] | None = None) -> None:
+    """Reads the command line, trains a judge and writes it."""
+    command = Command(__doc__)
+    command.add_argument(
+        "--data", choices=digits.VARIANTS, default="digits", help="which digits (default: %(default)s)"
+    )
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="what to write (default: rcm_jax/assets/DATA_classifier.safetensors)"
+    )
+    command.add_argument("--steps", type=int, default=STEPS, metavar="N", help="training steps (default: %(default)s)")
+    arguments = command.parse_args(argv)
+    with command.reports_user_errors():
+        options.positive("--steps", arguments.steps)
+        if arguments.steps != STEPS and arguments.out is None:
+            raise UserError(
+                f"--steps {arguments.steps} would replace the judge that all scores are by: give --out FILE"
+            )
+        variant = digits.VARIANTS[arguments.data]
+        out = arguments.out or weights_path(variant)
+        options.check_target("--out", out, kind="file")
+        _train_and_write(variant, arguments.steps, out)
+
+
+def _train_and_write(variant: digits.Variant, steps: int, out: Path) -> None:
+    classifier = train(variant, steps=steps)
+    facts = {"steps": str(steps)} | {package: version(package) for package in ("jax", "flax", "optax")}
     for name, disturbed in (("validation", False), ("disturbed_validation", True)):
         digit, direction = accuracy(classifier, disturbed=disturbed)
         facts |= {f"{name}_digit_accuracy": f"{digit:.4f}", f"{name}_direction_accuracy": f"{direction:.4f}"}

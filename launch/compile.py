@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rcm_jax import options
 from rcm_jax.config import Command
 
 LATENT = (21, 60, 104)  # of 81 frames of 480 x 832 pixels
@@ -29,6 +30,8 @@ def main() -> None:
     command.add_argument("--out", type=Path, metavar="FILE", help="also writes the numbers as JSON")
     arguments, config = command.parse()
     with command.reports_user_errors():
+        if arguments.out:
+            options.check_target("--out", arguments.out, kind="file")
         if arguments.topology:  # libtpu need not ask the cloud for TPUs, nor lock them
             os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         import jax  # only now: a mistake on the command line need not wait for it

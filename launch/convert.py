@@ -12,6 +12,7 @@ the same command is given again.
 
 from pathlib import Path
 
+from rcm_jax import options
 from rcm_jax.config import Command, UserError
 
 
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         "--add-delta", nargs=2, type=Path, metavar=("TEACHER", "STUDENT"), help="add student - teacher to SRC"
     )
     merges.add_argument("--lora", type=Path, metavar="FILE", help="add a LoRA of Wan to SRC")
-    command.add_argument("--scale", type=float, metavar="X", help="how much of it to add (default: 1)")
+    command.add_argument("--scale", type=options.number, metavar="X", help="how much of it to add (default: 1)")
     arguments = command.parse_args(argv)
     with command.reports_user_errors():
         if arguments.scale is not None and not (arguments.add_delta or arguments.lora):

@@ -12,12 +12,13 @@ of their own.
 """
 
 import contextlib
-import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import safetensors
 
 from launch import keep_compilations
 from launch.sample import check_order, describe_order, open_parts
@@ -88,6 +89,7 @@ def _evaluate_digits(words: Sequence[str]) -> None:
     command.add_argument("--per_caption", type=int, default=8, metavar="N", help="videos of each of the 80 captions")
     arguments, config = command.parse(words)
     with command.reports_user_errors():
+        options.check_target("--workdir", arguments.workdir, kind="folder")
         workdir = Path(arguments.workdir)
         weights = Path(arguments.weights or workdir / "ema.safetensors")
         if not weights.exists():
@@ -95,7 +97,7 @@ def _evaluate_digits(words: Sequence[str]) -> None:
         if arguments.per_caption < 2:
             raise UserError(f"--per_caption {arguments.per_caption} must be at least 2: diversity compares videos")
         keep_compilations()
-        from rcm_jax.evaluation import evaluate, train_seconds
+        from rcm_jax.evaluation import evaluate, training_facts
         from rcm_jax.train import create_network, load_params
 
         network, log = create_network(config), workdir / "metrics.jsonl"
@@ -106,8 +108,7 @@ def _evaluate_digits(words: Sequence[str]) -> None:
             load_params(weights, network),
             workdir,
             per_caption=arguments.per_caption,
-            facts={"seeds": [config.seed], "stages": config.stages}
-            | ({"train_seconds": train_seconds(log)} if log.exists() else {}),
+            facts={"seeds": [config.seed], "stages": config.stages} | training_facts(log),
             metrics_path=log if log.exists() else None,
         )
         print(f"wrote {workdir / 'report.html'}")
@@ -135,6 +136,7 @@ def _sample(words: Sequence[str]) -> None:
     options.add_parts(command)
     arguments = command.parse_args(words)
     with command.reports_user_errors():
+        options.check_target("--out", arguments.out, kind="folder")
         plan, share = _check_sample(arguments)
         captions = list(dict.fromkeys(shot.caption for shot in plan.shots))
         # What launch.sample takes besides: this command samples captions alone.
@@ -222,6 +224,8 @@ def _write_features(words: Sequence[str]) -> None:
     with command.reports_user_errors():
         if arguments.network is None:
             raise UserError("features needs --network: give an .onnx file, or CLIP's checkpoint")
+        options.check_target("--out", arguments.out, kind="file")
+        _check_replaced(arguments.out)
         view = _check_view(arguments)
         keep_compilations()
         from rcm_jax import features
@@ -230,6 +234,19 @@ def _write_features(words: Sequence[str]) -> None:
         found = _extract(features.open_network(arguments.network, view), arguments.folder, paths)
         features.write_features(arguments.out, found)
         print(f"wrote {arguments.out}: {found.feature_NF.shape[0]} videos, {found.feature_NF.shape[1]} features")
+
+
+def _check_replaced(path: Path) -> None:
+    """Raises UserError if a file is there that does not hold features: a mistyped name must not cost a checkpoint."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            is_features = "features" in file.keys()
+    except FileNotFoundError:
+        return
+    except (OSError, safetensors.SafetensorError):
+        is_features = False
+    if not is_features:
+        raise UserError(f"--out {path} is there and holds no features: remove it, or choose another path")
 
 
 def _add_view(command: Any) -> None:
@@ -253,15 +270,16 @@ def _check_view(arguments: Namespace) -> Any:
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if given and arguments.network is None:
         raise UserError(f"{options.spell(next(iter(given)))} belongs to --network: give it")
-    for name in ("frames", "fps"):
-        if name in given:
-            options.positive(options.spell(name), given[name])
+    if "frames" in given:
+        options.positive("--frames", given["frames"])
+    if "fps" in given:
+        options.check_fps(given["fps"])
     if "size" in given:
         given["size"] = parse_size(given["size"])
     for name in ("mean", "std"):
         if name in given:
             values = options.numbers(f"--{name}", given[name])
-            if len(values) not in (1, 3) or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
+            if len(values) not in (1, 3) or (name == "std" and min(values) <= 0):
                 rule = "one number or three, for red, green and blue" + (", above 0" if name == "std" else "")
                 raise UserError(f"--{name} {given[name]} must be {rule}: write --{name} 0.5")
             given[name] = values
@@ -296,6 +314,7 @@ def _score(words: Sequence[str]) -> None:
     arguments = command.parse_args(words)
     with command.reports_user_errors():
         view = _check_score(arguments)
+        options.check_target("--out" if arguments.out else "SET", arguments.out or arguments.set, kind="folder")
         keep_compilations()
         from rcm_jax import features, sample_sets, set_scores
 
@@ -369,6 +388,7 @@ def _compare(words: Sequence[str]) -> None:
         names = arguments.names.split(",") if arguments.names else [str(folder) for folder in folders]
         if len(names) != 2 or names[0] == names[1] or not all(names):
             raise UserError(f"--names {arguments.names} must be two different words: write --names teacher,student")
+        options.check_target("--out", arguments.out, kind="file")
         from rcm_jax import comparison
 
         first, second = (comparison.open_set(name, folder) for name, folder in zip(names, folders, strict=True))

@@ -20,6 +20,7 @@ source "$(dirname "$0")/options.sh"
 name='' topology='' image='' volume='' restarts=100 dry_run=''
 read_options "name topology image volume restarts dry-run" "$@"
 [ ${#others[@]} = 0 ] || fail "unknown option ${others[0]}: see --help"
+require_integers 0 restarts
 for option in name topology image volume; do
     [ -n "${!option}" ] || fail "--$option is missing: see --help"
 done

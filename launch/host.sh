@@ -21,6 +21,7 @@ GRACE=60 # seconds that the others have to end by themselves when one process ha
 processes=1 starts=20 logs=logs dry_run=''
 read_options "processes starts logs dry-run" "$@"
 [ ${#others[@]} = 0 ] || fail "unknown option ${others[0]}: see --help"
+require_integers 1 processes starts
 ((processes == 1)) || train+=(--distributed)
 
 declare -A running=() # by process id

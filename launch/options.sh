@@ -32,6 +32,17 @@ read_options() {
     [ ${#train[@]} -gt 0 ] || fail "nothing to train: end with -- --config=FILE --workdir=DIR"
 }
 
+# Ends the script unless each of the options $2... is an integer of at least $1, which is 0 or 1.
+require_integers() {
+    local name
+    for name in "${@:2}"; do
+        # Bash would take a word for the name of a variable, and 08 for an octal number.
+        if ! [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((${!name} < $1)); then
+            fail "--$name=${!name} must be an integer of at least $1"
+        fi
+    done
+}
+
 # The words as a shell reads them back.
 quote() {
     local text

@@ -72,6 +72,10 @@ def main(argv: list[str] | None = None) -> None:
     with command.reports_user_errors():
         given = _check(arguments)
         target = arguments.out / arguments.name
+        if arguments.to_tar is None:
+            options.check_target("--out", target, kind="folder")
+        else:
+            options.check_target("--to-tar", arguments.to_tar, kind="folder")
         keep_compilations()
         from rcm_jax import inputs, precompute
 
@@ -129,7 +133,7 @@ def _open_source(arguments: Namespace) -> Any:
 
 
 def _open_videos(arguments: Namespace, published: Published, *, size: tuple[int, int], **shape: int) -> Any:
-    fps = options.positive("--fps", published.fps if arguments.fps is None else arguments.fps)
+    fps = options.check_fps(published.fps if arguments.fps is None else arguments.fps)
     from rcm_jax import precompute
     from rcm_jax.convert.loading import open_autoencoder
     from rcm_jax.data.videos import list_clips

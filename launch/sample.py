@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     with command.reports_user_errors():
         if (config is None) == (arguments.model is None):
             raise UserError("name what to sample: either --config FILE, a recipe, or --model NAME, a published model")
+        options.check_target("--out", arguments.out, kind="folder")
         if config is None:
             _sample_model(arguments)
             return
@@ -203,7 +204,7 @@ def check_order(arguments: Namespace) -> Order:
         given=given,
         size=options.check_size(arguments.size or published.size, published.block, None if given is None else given[0]),
         frames=frames,
-        fps=options.positive("--fps", published.fps if arguments.fps is None else arguments.fps),
+        fps=options.check_fps(published.fps if arguments.fps is None else arguments.fps),
     )
 
 

@@ -17,6 +17,7 @@ source "$(dirname "$0")/options.sh"
 
 restarts=100 logs=logs dry_run=''
 read_options "restarts logs dry-run" "$@"
+require_integers 0 restarts
 
 command -v "${PYTHON:-.venv/bin/python}" >/dev/null || run launch/install.sh cuda13
 run mkdir -p "$logs"

@@ -21,6 +21,7 @@ source "$(dirname "$0")/options.sh"
 name='' zone='' topology='' spot='' restarts=100 logs=logs dry_run=''
 read_options "name zone topology spot restarts logs dry-run" "$@"
 [ ${#others[@]} = 0 ] || fail "unknown option ${others[0]}: see --help"
+require_integers 0 restarts
 [ -n "$name" ] && [ -n "$zone" ] || fail "--name and --zone say which slice: give both"
 case $topology in
 v5e:*) request=(--type=v5litepod --runtime-version=v2-alpha-tpuv5-lite) ;;

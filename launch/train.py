@@ -12,6 +12,7 @@ import faulthandler
 import sys
 
 from launch import ends_together, join_processes, keep_compilations, set_determinism
+from rcm_jax import options
 from rcm_jax.config import Command
 
 
@@ -23,6 +24,7 @@ def main() -> None:
     arguments, config = command.parse()
     faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash outside Python tells where
     with command.reports_user_errors():
+        options.check_target("--workdir", arguments.workdir, kind="folder")
         set_determinism(config.deterministic)
         keep_compilations()
         if arguments.distributed:

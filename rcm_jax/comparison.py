@@ -3,6 +3,7 @@
 The page links to the files where they lie, by paths relative to it, and needs no network.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -127,6 +128,10 @@ def _scores(first: Compared, second: Compared) -> str:
             notes.append(f"{each.name} is not scored: python -m launch.evaluate score {each.samples.folder}")
             continue
         notes += [f"{each.name}: {note}" for note in each.scored.notes]
+        broken = [name for name, value in each.scored.scores.items() if not math.isfinite(value)]
+        if broken:
+            words = ", ".join(report.find_score(name).label for name in broken)
+            notes.append(f"{each.name} has scores that are not finite numbers, shown as –: {words}")
         count = len(each.samples.samples) + len(each.samples.unknown)
         if each.scored.scores.get("n") != count:
             notes.append(f"{each.name} was scored when it had {each.scored.scores.get('n')} samples, now {count}")

@@ -204,10 +204,16 @@ def write_reports(
     media.write_file(outdir / "report.json", media.json_text(summary, indent=2).encode() + b"\n")
 
 
-def train_seconds(metrics_path: Path) -> float:
-    """Seconds that a run's steps took, over all its starts; compilation included, sampling and saving left out."""
-    iterations, seconds = read_metrics(metrics_path)["seconds_per_step"]
-    return float(np.dot(np.diff([0, *iterations]), seconds))
+def training_facts(metrics_path: Path) -> dict[str, float]:
+    """train_seconds, if a run's log tells it: what its steps took, over all its starts.
+
+    Compilation is included, sampling and saving are left out.
+    """
+    curves = read_metrics(metrics_path) if metrics_path.exists() else {}
+    if "seconds_per_step" not in curves:
+        return {}
+    iterations, seconds = curves["seconds_per_step"]
+    return {"train_seconds": float(np.dot(np.diff([0, *iterations]), seconds))}
 
 
 def _student_name(steps: int) -> str:

@@ -129,8 +129,13 @@ def read_features(path: Path) -> Features:
         raise UserError(f"{path} holds features that are not finite: compute them again")
     try:
         paths, facts = json.loads(metadata.get("paths", "[]")), json.loads(metadata.get("facts", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} has `paths` or `facts` that are not JSON: leave them out") from None
+    is_list = isinstance(paths, list) and all(isinstance(each, str) for each in paths)
+    if not is_list or len(paths) not in (0, len(feature_NF)):
+        raise UserError(f"{path} has `paths` that are not one text for each of {len(feature_NF)} rows: leave them out")
+    if not isinstance(facts, dict):
+        raise UserError(f"{path} has `facts` that are no JSON object: leave them out")
     return Features(feature_NF, paths, facts)
 
 

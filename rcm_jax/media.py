@@ -23,6 +23,8 @@ from rcm_jax.config import UserError
 TEXT = (32, 33, 36)
 MUTED = (95, 99, 104)
 PAPER = (255, 255, 255)
+# What Pillow and PyAV raise for a file that they cannot read, or will not: its pixels or text would fill the memory.
+UNREADABLE = (FFmpegError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def json_text(value: object, indent: int | None = None) -> str:
@@ -174,13 +176,13 @@ def read_metadata(path: str | Path) -> dict:
                 image.load()  # text may also follow the pixels
                 comment = image.info.get("Comment", "")
         else:
-            with av.open(str(path)) as container:
+            with av.open(str(path), metadata_errors="replace") as container:  # other programs' text has any encoding
                 comment = container.metadata.get("comment", "")
-    except (FFmpegError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a video or a PNG picture: write it again") from error
+    except UNREADABLE as error:
+        raise ValueError(f"{path} cannot be read as a video or a PNG picture ({error}): write it again") from error
     try:
         metadata = json.loads(comment)
-    except json.JSONDecodeError:  # a comment that another program wrote
+    except (ValueError, RecursionError):  # a comment that another program wrote
         return {}
     return metadata if isinstance(metadata, dict) else {}
 
@@ -193,7 +195,7 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
     try:
         with Image.open(path) as image:
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} cannot be read as a picture ({error}): give a PNG or JPEG file") from None
 
 

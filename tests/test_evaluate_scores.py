@@ -161,6 +161,15 @@ def test_what_is_no_network_is_refused(tmp_path, monkeypatch):
         ({"features": np.zeros(3, np.float32)}, {}, r"holds features \(3,\): it must hold `features`, one row a video"),
         ({"features": np.full((2, 2), np.nan, np.float32)}, {}, "features that are not finite"),
         ({"features": np.zeros((2, 2), np.float32)}, {"facts": "{"}, "not JSON: leave them out"),
+        ({"features": np.zeros((2, 2), np.float32)}, {"facts": "[1]"}, "`facts` that are no JSON object: leave them"),
+        *(
+            (
+                {"features": np.zeros((2, 2), np.float32)},
+                {"paths": paths},
+                "`paths` that are not one text for each of 2",
+            )
+            for paths in ('["a", "b", "c"]', '["a"]', '["a", 1]', '"ab"', "null")
+        ),
     ],
 )
 def test_a_file_without_features_is_refused(tensors, metadata, message, tmp_path):
@@ -271,6 +280,21 @@ def test_what_is_left_out_is_said(tmp_path):
     assert "feature_diversity" not in scored.scores  # nothing tells which features are of which sample
 
 
+@pytest.mark.parametrize(
+    "said", [{"frames": None}, {"device": None}, {"sampling_seconds": "long"}, {"decoding_seconds": 0}]
+)
+def test_seconds_of_other_programs_are_left_out(said, tmp_path):
+    samples = made(tmp_path / "set", prompts=("a cat",))
+    metadata = [
+        {name: value for name, value in (sample.metadata | said).items() if value is not None}
+        for sample in samples.samples
+    ]
+    others = [sample._replace(metadata=each) for sample, each in zip(samples.samples, metadata, strict=True)]
+    scored = set_scores.score_set(samples._replace(samples=others))
+    assert "frames_per_second" in set_scores.score_set(samples).scores
+    assert not scored.scores.keys() & {"frames_per_second", "sampling_seconds", "decoding_seconds"}
+
+
 def test_seconds_of_several_devices_are_not_summed_up(tmp_path):
     made(tmp_path / "set", prompts=("a cat",))
     samples = made(tmp_path / "set", prompts=("a dog",), frames=9)
@@ -313,6 +337,7 @@ def test_features_of_different_networks_are_not_compared(tmp_path):
         (["score", ".", "--network=a", "--mean=1,2"], "--mean 1,2 must be one number or three"),
         (["score", ".", "--network=a", "--size=big"], "--size big must be WIDTHxHEIGHT"),
         (["score", ".", "--network=a", "--frames=0"], "--frames 0 must be at least 1"),
+        (["score", ".", "--network=a", "--fps=2147483648"], "--fps 2147483648 must lie between 1 and 1000"),
         (["score", ".", "--network=a", "--axes=NHW"], "--axes NHW must be one of NCTHW"),
         (["features", ".", "--out=a"], "features needs --network"),
         (["features", ".", "--out=a", "--network=b.onnx"], ". has no video"),
@@ -326,3 +351,22 @@ def test_a_mistake_is_one_line_and_nothing_is_written(words, message, tmp_path, 
     assert (exit_.value.code, error.count("\n")) == (2, 1)
     assert message in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
+def test_a_mistyped_out_costs_no_checkpoint(name, folder, tmp_path, capsys):
+    save_file({"kernel": np.zeros((2, 2), np.float32)}, tmp_path / "weights.safetensors")
+    (tmp_path / "weights.pth").write_bytes(b"PK")
+    write_network(tmp_path / "a.onnx")
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(SystemExit):
+        evaluate.main(["features", str(folder), f"--network={tmp_path / 'a.onnx'}", f"--out={tmp_path / name}"])
+    assert f"--out {tmp_path / name} is there and holds no features: remove it, or" in capsys.readouterr().err
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_features_may_be_written_again(folder, tmp_path):
+    write_network(tmp_path / "a.onnx")
+    save_file({"features": np.zeros((1, 2), np.float32)}, tmp_path / "a.safetensors")
+    evaluate.main(["features", str(folder), f"--network={tmp_path / 'a.onnx'}", f"--out={tmp_path / 'a.safetensors'}"])
+    assert features.read_features(tmp_path / "a.safetensors").feature_NF.shape == (9, OUT)

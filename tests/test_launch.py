@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from launch import sample, train
-from rcm_jax import media
+from launch import compile as launch_compile
+from launch import demo, evaluate, precompute, sample, train
+from rcm_jax import media, options
 from rcm_jax.checkpoint import export_safetensors, load_safetensors
+from rcm_jax.config import UserError
 from rcm_jax.data import digits, text
 
 ROOT = Path(__file__).parent.parent
@@ -156,7 +159,7 @@ def fails(main, words, monkeypatch, capsys):
     """What a launcher that runs in this process says before it exits with code 2: one line."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["launch", *words])
-    monkeypatch.setattr(sys.modules[main.__module__], "keep_compilations", lambda: None)
+    monkeypatch.setattr(sys.modules[main.__module__], "keep_compilations", lambda: None, raising=False)
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         main()
@@ -209,3 +212,57 @@ def test_a_mistake_in_sampling_is_one_line_and_nothing_is_written(words, message
     words = ["--config=configs/digits_rcm.py", f"--out={tmp_path / 'out'}", *words]
     assert message in fails(sample.main, words, monkeypatch, capsys)
     assert not (tmp_path / "out").exists()
+
+
+RECIPE = "--config=configs/digits_rcm.py"
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (train.main, [RECIPE, "--workdir=FILE"]),
+        (train.main, [RECIPE, "--workdir=FILE/run"]),
+        (demo.main, ["--workdir=FILE"]),
+        (sample.main, [RECIPE, "--prompt=a three moving up", "--sampler=euler", "--out=FILE"]),
+        (sample.main, ["--model=wan2.1-t2v", "--out=FILE"]),
+        (launch_compile.main, [RECIPE, "--out=FOLDER"]),
+        (precompute.main, ["--videos=a", "--model=b", "--vae=c", "--text-encoder=d", "--tokenizer=e", "--out=FILE"]),
+        (precompute.main, ["--to-tar=FILE", "--out=FOLDER"]),
+        (evaluate.main, [RECIPE, "--workdir=FILE"]),
+        (evaluate.main, ["sample", "--layout=vbench", "--out=FILE"]),
+        (evaluate.main, ["score", "FOLDER", "--out=FILE"]),
+        (evaluate.main, ["compare", "a", "b", "--out=FOLDER"]),
+        (evaluate.main, ["features", "a", "--network=b.onnx", "--out=FOLDER"]),
+    ],
+)
+def test_where_nothing_can_be_written_is_said_before_the_work(main, words, tmp_path, monkeypatch, capsys):
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("a user's own")
+    folder.mkdir()
+    words = [word.replace("FILE", str(file)).replace("FOLDER", str(folder)) for word in words]
+    words += ["--name=foxes"] if main is precompute.main else []
+    error = fails(main, words, monkeypatch, capsys)
+    assert re.search(r"must be a (file|folder), and something else is there|must be a folder that you may", error), (
+        error
+    )
+    assert (file.read_text(), list(folder.iterdir())) == ("a user's own", [])
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("file", "file"), ("folder", "folder"), ("new", "file"), ("new", "folder"), ("new/a/b", "file"), (".", "folder")],
+)
+def test_a_target_may_be_new_or_of_its_kind_but_must_be_below_a_folder_of_the_users(path, kind, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    options.check_target("--out", tmp_path / path, kind=kind)
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=rf"--out {tmp_path}.* must be a folder that you may write to$"):
+        options.check_target("--out", tmp_path / path, kind=kind)
+
+
+def test_a_target_is_no_broken_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    with pytest.raises(UserError, match="must be a folder, and something else is there"):
+        options.check_target("--workdir", tmp_path / "link", kind="folder")

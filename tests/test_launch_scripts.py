@@ -149,6 +149,16 @@ END
     [
         ("host", [], [], "nothing to train: end with -- --config=FILE --workdir=DIR"),
         ("host", ["--process=2"], WORDS, "unknown option --process=2"),
+        *(
+            ("host", [f"--{option}={value}"], WORDS, f"--{option}={value} must be an integer of at least 1")
+            for option in ("processes", "starts")
+            for value in ("0", "two", "-1", "1.5", "08", "")
+        ),
+        *(
+            (script, [f"--restarts={value}"], WORDS, f"--restarts={value} must be an integer of at least 0")
+            for script in ("slurm", "tpu_vm", "gke")
+            for value in ("two", "-1", "")
+        ),
         ("tpu_vm", ["--name=n"], WORDS, "--name and --zone say which slice: give both"),
         ("tpu_vm", ["--name=n", "--zone=z", "--topology=h100:8"], WORDS, "--topology=h100:8 must be v5e, v5p or v6e"),
         ("gke", ["--name=n", "--topology=v5p:2x2x2", "--image=i"], WORDS, "--volume is missing"),
@@ -171,6 +181,10 @@ def test_a_mistake_is_one_line(script, options, words, message):
     assert finished.returncode == 2
     assert message in finished.stderr
     assert (finished.stdout, finished.stderr.count("\n")) == ("", 1)
+
+
+def test_a_run_need_not_start_again():
+    assert "-ge 0 ]" in dry_run("slurm", "--restarts=0")
 
 
 @pytest.mark.parametrize("script", ["host", "slurm", "tpu_vm", "gke"])

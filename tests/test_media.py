@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 
 import av
 import jax.numpy as jnp
@@ -94,6 +96,40 @@ def test_files_of_other_programs_have_no_metadata(tmp_path):
         container.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
         container.mux(stream.encode(None))
     assert media.read_metadata(tmp_path / "a.png") == media.read_metadata(tmp_path / "a.mp4") == {}
+
+
+@pytest.mark.parametrize("comment", [b"caf\xe9 au lait", b"[" * 9000, b"9" * 9000], ids=["latin-1", "nested", "long"])
+def test_a_comment_of_another_program_may_be_anything(comment, tmp_path):
+    media.write_video(tmp_path / "a.mp4", noise(1, 16, 16, 3), fps=1, metadata={"x": "y" * (len(comment) - 9)})
+    content = (tmp_path / "a.mp4").read_bytes()
+    start = content.index(b'{"x"')
+    (tmp_path / "a.mp4").write_bytes(content[:start] + comment + content[start + len(comment) :])
+    assert media.read_metadata(tmp_path / "a.mp4") == {}
+
+
+def png(*chunks: tuple[bytes, bytes], side: int = 1) -> bytes:
+    """A gray picture, and other chunks after its head."""
+    head, pixels = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0), zlib.compress(b"\0\0")
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+    packed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [png(side=60_000), png((b"zTXt", b"Comment\0\0" + zlib.compress(b"0" * 2**21)))],
+    ids=["pixels", "text"],
+)
+def test_a_picture_that_would_fill_the_memory_is_named(content, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    assert media.read_metadata(tmp_path / "a.png") == {}
+    assert media.read_image(tmp_path / "a.png").shape == (1, 1, 3)
+    (tmp_path / "a.png").write_bytes(content)
+    for read in (media.read_metadata, media.read_image):
+        with pytest.raises(ValueError, match=r"a\.png cannot be read as .* (exceeds limit|too large)"):
+            read(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.png"])

@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from rcm_jax import records
+from rcm_jax import evaluation, records
 from rcm_jax.config import UserError
 
 VIDEO = np.random.default_rng(0).integers(0, 256, (4, 6, 5, 1)).astype(np.uint8)
@@ -288,3 +288,22 @@ def test_a_new_run_moves_anothers_metrics_aside(tmp_path):
             run.write(10, {"loss": loss})
     kept = {path.name: json.loads(path.read_text())["loss"] for path in tmp_path.glob("*.jsonl")}
     assert kept == {"metrics.1.jsonl": 1.0, "metrics.2.jsonl": 2.0, "metrics.jsonl": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("lines", "facts"),
+    [
+        (None, {}),
+        ([], {}),
+        ([{"iteration": 10, "loss": 1.0}], {}),
+        (
+            [{"iteration": 10, "seconds_per_step": 2.0}, {"iteration": 15, "seconds_per_step": 4.0}],
+            {"train_seconds": 40.0},
+        ),
+    ],
+)
+def test_seconds_of_training_are_those_that_the_log_tells(lines, facts, tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    if lines is not None:
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert evaluation.training_facts(log) == facts

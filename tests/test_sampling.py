@@ -66,7 +66,10 @@ def test_few_step_times_refuse_steps_without_times(steps):
         sampling.few_step_times(steps, sigma_max=80.0)
 
 
-@pytest.mark.parametrize(("sigma_max", "mid_times"), [(5.0, (1.5,)), (80.0, (1.0, 1.4)), (80.0, (-0.1,))])
+@pytest.mark.parametrize(
+    ("sigma_max", "mid_times"),
+    [(5.0, (1.5,)), (80.0, (1.0, 1.4)), (80.0, (-0.1,)), (math.nan, ()), (80.0, (math.nan,)), (80.0, (1.4, math.nan))],
+)
 def test_few_step_times_must_fall(sigma_max, mid_times):
     with pytest.raises(ValueError, match="must fall"):
         sampling.few_step_times(len(mid_times) + 1, sigma_max=sigma_max, mid_times=mid_times)
