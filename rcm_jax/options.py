@@ -159,12 +159,12 @@ def read_prompts(path: str | None) -> list[str]:
 
 
 def number(text: str) -> float:
-    """An option's number, for argparse: float() also reads nan and inf, which no rule would catch."""
+    """An option's number, for argparse: float() also reads nan, inf and what float32 cannot hold."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not abs(value) < 2.0**127:  # NaN is not less
         raise ArgumentTypeError(f"{text} must be a number, such as 1.5")
     return value
 

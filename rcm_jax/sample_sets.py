@@ -218,7 +218,7 @@ def _claim(folder: Path, facts: Mapping[str, Any], files: Mapping[str, str]) -> 
         name = differing[0]
         remedy = "give another --out"
         if name in files:
-            remedy += ", or the very files: a copy keeps their time with cp -p"
+            remedy += ", or the files it began with"
         raise UserError(
             f"{folder} was sampled with other {', '.join(differing)} ({name} was {there.get(name)!r}, now"
             f" {wanted.get(name)!r}): {remedy}"

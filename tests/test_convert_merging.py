@@ -179,7 +179,7 @@ def test_a_scale_that_is_no_number_of_float32_is_refused(merge, scale, tmp_path,
     words = [tmp_path / "x", tmp_path / "out.pth", "--model=wan2.1-t2v", "--to=rcm", *merge, f"--scale={scale}"]
     with pytest.raises(SystemExit):
         main([*map(str, words)])
-    assert f"--scale {scale} must be a finite number: give one such as 0.5" in capsys.readouterr().err
+    assert f"argument --scale: {scale} must be a number, such as 1.5" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
