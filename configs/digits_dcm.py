@@ -2,7 +2,8 @@
 
 python -m launch.train --config=configs/digits_dcm.py --workdir=runs/digits_dcm
 
-About three minutes on two CPU cores. Its result has not been measured.
+About three minutes on two CPU cores. With 4 steps, mean of two seeds: 83 % of captions right, Fréchet
+distance 16.8, diversity 1.19 (benchmarks/README.md).
 """
 
 from ml_collections import ConfigDict

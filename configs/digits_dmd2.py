@@ -5,7 +5,8 @@ python -m launch.train --config=configs/digits_dmd2.py --workdir=runs/digits_dmd
 Fixed simulation times and one student update in five, as in the DMD2 paper (arXiv 2405.14867). The discriminator is a
 small head on the middle of the fake score; it learns in the critic's updates, from the batch's real videos.
 
-About five minutes on two CPU cores. Its result has not been measured.
+About five minutes on two CPU cores. With 4 steps, mean of two seeds: 97 % of captions right, Fréchet
+distance 26.9, diversity 0.94 (benchmarks/README.md).
 """
 
 from ml_collections import ConfigDict

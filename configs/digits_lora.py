@@ -4,7 +4,8 @@ python -m launch.train --config=configs/digits_lora.py --workdir=runs/digits_lor
 
 Exports whole weights, and the LoRA alone as ema_lora.safetensors, which `python -m launch.convert --lora` reads.
 
-About four minutes on two CPU cores. Its result has not been measured.
+About four minutes on two CPU cores. With 4 steps, mean of two seeds: 94 % of captions right, Fréchet
+distance 10.6, diversity 1.04 (benchmarks/README.md).
 """
 
 from ml_collections import ConfigDict

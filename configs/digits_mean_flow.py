@@ -5,7 +5,8 @@
 Without a teacher, from random weights: --config.stages=mean_flow_scratch:860, with a learning rate such as the one of
 configs/digits_teacher.py and far more iterations.
 
-About three minutes on two CPU cores. Its result has not been measured.
+About three minutes on two CPU cores. With 4 steps, mean of two seeds: 89 % of captions right, Fréchet
+distance 9.0, diversity 1.20 (benchmarks/README.md).
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,8 @@
 
 python -m launch.train --config=configs/digits_staged.py --workdir=runs/digits_staged
 
-About four minutes on two CPU cores. Its result has not been measured.
+About four minutes on two CPU cores. With 4 steps, mean of two seeds: 94 % of captions right, Fréchet
+distance 9.6, diversity 1.08 (benchmarks/README.md).
 """
 
 from ml_collections import ConfigDict
