@@ -1,6 +1,6 @@
 """Sets of samples on disk: a folder of videos or pictures that tell their prompt, seed and settings, and their latents.
 
-    set/sampling.json    what all samples have in common, and the checkpoints' sizes and times
+    set/sampling.json    what all samples have in common, and what tells the checkpoints' files from others
     set/videos, images   the samples, as a benchmark reads them (layouts.py), with nothing else among the videos
     set/latents          a latent for each sample, under the same path
 
