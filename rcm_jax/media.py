@@ -176,8 +176,10 @@ def read_metadata(path: str | Path) -> dict:
                 image.load()  # text may also follow the pixels
                 comment = image.info.get("Comment", "")
         else:
-            with av.open(str(path), metadata_errors="replace") as container:  # other programs' text has any encoding
+            with av.open(str(path)) as container:
                 comment = container.metadata.get("comment", "")
+    except UnicodeDecodeError:  # text that another program wrote
+        return {}
     except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as a video or a PNG picture ({error}): write it again") from error
     try:
