@@ -166,7 +166,12 @@ def block_ops(mesh: Mesh | None, heads: int, ulysses: int = 0, *, dtype: Any, im
         return split_attention(functools.partial(pallas_kernels.attention_given, **choice), keys, q, k, v, out, lse)
 
     def fill_parts(x_BLD: jax.Array) -> jax.Array:
-        return fill(x_BLD, 1, context * part_length(x_BLD.shape[1], context, ulysses)) if context > 1 else x_BLD
+        length = context * part_length(x_BLD.shape[1], context, ulysses)
+        if context == 1 or length == x_BLD.shape[1]:
+            return x_BLD
+        # Left to itself, XLA splits the hidden channels before tokens are filled up, and finds no way back but copies.
+        spec = PartitionSpec(_batch_axes(mesh, len(x_BLD)), None, None)
+        return fill(lax.with_sharding_constraint(x_BLD, NamedSharding(mesh, spec)), 1, length)
 
     def place(x_BLD: jax.Array) -> jax.Array:
         spec = PartitionSpec(_batch_axes(mesh, len(x_BLD)), "context", None)

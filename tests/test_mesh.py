@@ -173,6 +173,15 @@ def test_tokens_are_filled_up_once_for_all_blocks(name):
     assert count(jax.make_jaxpr(network.apply)(*arguments).jaxpr).tolist() == [1, 0]
 
 
+def test_what_is_filled_up_is_split_by_samples_alone():
+    """On 512 GPUs XLA split its channels instead, and copied whole batches to every device: 62 GiB for 17."""
+    mesh = sharding.make_mesh(**MESHES["ulysses"][0], devices=devices("ulysses"))
+    fill = sharding.block_ops(mesh, CONFIG.heads, dtype=jnp.float32).fill
+    first, *_ = jax.make_jaxpr(fill)(jnp.zeros((4, 18, CONFIG.dim))).jaxpr.eqns
+    assert first.primitive.name == "sharding_constraint"
+    assert first.params["sharding"].spec == jax.sharding.PartitionSpec(sharding.BATCH, None, None)
+
+
 @pytest.mark.parametrize(("config", "times"), [(CONFIG, 5), (COSMOS, 30)], ids=["Wan, by frame", "Cosmos, by token"])
 def test_every_token_keeps_its_own_time_and_place(config, times):
     """On tokens that do not divide over the devices."""
