@@ -280,7 +280,7 @@ class Checkpoints:
 
     def _warn_of_unknown_metric(self, iteration: int) -> None:
         known = sorted(self._metrics(iteration))
-        if known and not self._warned:
+        if known and not self._warned and jax.process_index() == 0:
             warn(f"no checkpoint has the metric checkpoint.best={self.best}: known are {', '.join(known)}")
             self._warned = True
 

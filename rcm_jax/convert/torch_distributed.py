@@ -79,10 +79,8 @@ def read_folder(folder: Path) -> dict[str, Any]:
             for name, entry in metadata.state["state_dict_metadata"].items()
         }
     except (AttributeError, KeyError, TypeError, IndexError) as error:
-        rule = (
-            f"lacks what a checkpoint needs ({type(error).__name__})"  # its text may hold what the file makes endless
-        )
-        raise refusal(path, rule, "fetch it again, or save it anew") from None
+        kind = type(error).__name__  # not its text, which may hold what the file makes endless
+        raise refusal(path, f"lacks what a checkpoint needs ({kind})", "fetch it again, or save it anew") from None
 
 
 def _key(name: Any, offsets: Any) -> tuple[str, tuple[int, ...]]:
