@@ -65,6 +65,7 @@ def _train(
     progresses: Callable[[], None],
     until_the_end: contextlib.ExitStack,
 ) -> TrainState:
+    check_show(config)
     stages = parse_stages(config.stages)
     total = total_iterations(stages)
     mesh = sharding.make_mesh(**config.mesh)
@@ -535,19 +536,20 @@ def window_means(window: list[dict[str, float]]) -> dict[str, float]:
     return {name: series[-1] if name in counts else float(np.mean(series)) for name, series in values.items()}
 
 
+def check_show(config: ConfigDict) -> None:
+    """Raises UserError for a run that is to show videos of data that cannot be decoded."""
+    if config.log.sample_every and config.data.name not in digits.VARIANTS:
+        raise UserError(
+            f"log.sample_every={config.log.sample_every} needs a decoder of {config.data.name!r}: set it to 0"
+        )
+
+
 # A student's parameters to captions and their videos (T, H, W, C), uint8.
 Show = Callable[[Params], Iterable[tuple[str, np.ndarray]]]
 
 
 def create_show(config: ConfigDict, network: Network, source: pipeline.Source, first: dict[str, Any]) -> Show:
-    """What a run shows of itself: videos for the captions of the first `log.samples` sound records.
-
-    Raises UserError for data that cannot be decoded.
-    """
-    if config.data.name not in digits.VARIANTS:
-        raise UserError(
-            f"log.sample_every={config.log.sample_every} needs a decoder of {config.data.name!r}: set it to 0"
-        )
+    """What a run shows of itself: videos for the captions of the first `log.samples` sound records of digits."""
     variant = digits.VARIANTS[config.data.name]
     records = pipeline.read_tolerantly(source, range(min(pipeline.TRIED_FIRST, len(source))), first)
     chosen = np.flatnonzero(records["fault"] == 0)[: config.log.samples]

@@ -241,17 +241,11 @@ def test_samples_are_recorded_as_videos_of_the_captions_of_sound_records(folder,
     assert b"moving" in events
 
 
-def test_only_digits_can_be_shown(folder):
-    config = configure(folder, "rcm")
-    config.update_from_flattened_dict({"data.name": "wan", "log.sample_every": 5})
-    with pytest.raises(UserError, match=r"log\.sample_every=5 needs a decoder of 'wan': set it to 0"):
-        training.create_show(config, STUB, [], {})
-
-
 @pytest.mark.parametrize(
     ("run", "changes", "message"),
     [
         ("rcm", {"teacher.path": ""}, r"teacher\.path is empty: give the checkpoint of the model to distil"),
+        ("flow_matching", {"log.sample_every": 1, "data.name": "wan"}, r"log\.sample_every=1 needs a decoder of 'wan'"),
         ("flow_matching", {"model.preset": "wan3"}, r"model\.preset='wan3' must be one of digits, "),
         ("flow_matching", {"mesh.fsdp": 3}, r"fsdp=3, context=1, tensor=1 does not cover 8 devices: choose sizes"),
         (
