@@ -3,13 +3,18 @@
 A thread block has two warpgroups that compute, 64 rows each, and one that only fetches tiles with the tensor memory
 accelerator, into `stages` slots of shared memory. Products are wgmma with float32 accumulators in registers.
 
+The value kernel starts the logits of the next keys in one go with the values of these, and waits for both. The two
+warpgroups take turns at that, so that one computes exponentials while the other multiplies. To compute them while one's
+own values are multiplied, as FlashAttention-3 (Shah et al. 2024) does, is not for us: the compiler then runs products
+one at a time.
+
 Value and tangent come from one pass over the keys. With p the unnormalised probabilities of a tile and ts the tangent
 of its logits, six products feed two accumulators that the registers of a warpgroup can hold:
 
     s = q k^T    ts = tq k^T + q tk^T    out += p v    t_out += p tv + (p * ts) v
 
 The exponentials of s are computed while the tensor cores work on ts, and the two warpgroups take turns on the tensor
-cores, so that one computes exponentials while the other multiplies. At head dim 128 the four 64 x 64 and 64 x 128
+cores here too. At head dim 128 the four 64 x 64 and 64 x 128
 accumulators are 192 of the 240 registers of a thread; shared memory holds q and tq (64 KiB) and two stages of k, tk, v
 and tv (128 KiB). The bounds: a product of 64 queries by 64 keys reads both operands from shared memory at its full
 bandwidth, and wider tiles do not fit the registers; and the power the chip may draw (benchmarks/README.md).
@@ -51,15 +56,14 @@ class Tiles(NamedTuple):
 
     block: int  # keys (queries) a step
     stages: int  # steps in flight
-    take_turns: bool = False  # the two warpgroups alternate on the tensor cores
 
 
 # By pass and padded head dim, as measured on an H200 (`python -m benchmarks.attention_tiles`); lengths matter little.
 TILES = {
-    ("value", 64): Tiles(128, 2, take_turns=True),
-    ("value", 128): Tiles(128, 2, take_turns=True),
-    ("value and tangent", 64): Tiles(128, 2, take_turns=True),
-    ("value and tangent", 128): Tiles(64, 2, take_turns=True),
+    ("value", 64): Tiles(128, 3),
+    ("value", 128): Tiles(128, 2),
+    ("value and tangent", 64): Tiles(128, 2),
+    ("value and tangent", 128): Tiles(64, 2),
     ("dq", 64): Tiles(128, 2),
     ("dq", 128): Tiles(128, 2),
     ("dk_dv", 64): Tiles(64, 3),
@@ -76,8 +80,7 @@ def forward(
     tiles: Tiles | None = None,
 ) -> tuple[BFloat16[Array, "b l n h"], Float[Array, "b n l"]]:
     """Returns out = softmax(scale q k^T) v, and lse, the logarithm of each row's sum of exponentials."""
-    tiles = tiles or _tiles("value", q_BLNH)
-    return _attend(q_BLNH, k_BSNH, v_BSNH, None, None, None, scale=scale, tiles=tiles)
+    return _attend(q_BLNH, k_BSNH, v_BSNH, scale=scale, tiles=tiles or _tiles("value", q_BLNH))
 
 
 def forward_with_tangent(
@@ -99,7 +102,7 @@ def forward_with_tangent(
     if all(t is None for t in operands[3:]):
         out, lse = forward(*operands[:3], scale=scale)
         return out, lse, jnp.zeros_like(out), jnp.zeros_like(lse)
-    return _attend(*operands, scale=scale, tiles=tiles or _tiles("value and tangent", q_BLNH))
+    return _attend_with_tangent(*operands, scale=scale, tiles=tiles or _tiles("value and tangent", q_BLNH))
 
 
 def backward(
@@ -131,15 +134,104 @@ def _tiles(name, q):
     return TILES[name, pl.cdiv(q.shape[3], 64) * 64]
 
 
-def _attend(q, k, v, tq, tk, tv, *, scale, tiles):
-    """(out, lse) where no operand has a tangent, otherwise (out, lse, t_out, t_lse)."""
+def _attend(q, k, v, *, scale, tiles):
+    """(out, lse)."""
     if scale < 0:  # the running maximum is that of scaled logits
+        q, scale = -q, -scale
+    (batch, length, heads, head_dim), keys, dtype = q.shape, k.shape[1], q.dtype
+    inputs = {name: _pad(x) for name, x in {"q": q, "k": k, "v": v}.items()}
+    dim, block, ragged = inputs["q"].shape[-1], tiles.block, keys % tiles.block
+    row_blocks, steps = pl.cdiv(length, COMPUTE * ROWS), pl.cdiv(keys, block)
+    stages = min(tiles.stages, steps)
+
+    def kernel(*refs, smem, full, free, turn):
+        refs = dict(zip((*inputs, "out", "lse"), refs, strict=True))
+        warpgroup = lax.axis_index("warpgroup")
+        b, n, row_block = _locate(heads, row_blocks)
+
+        @pl.when(warpgroup < COMPUTE)
+        def compute():
+            plgpu.set_max_registers(240, action="increase")
+            rows = pl.ds((row_block * COMPUTE + warpgroup) * ROWS, ROWS)
+            mine = smem["q"].at[warpgroup]
+            plgpu.copy_gmem_to_smem(refs["q"].at[b, rows, n], mine, full["q"].at[warpgroup])
+            plgpu.barrier_wait(full["q"].at[warpgroup])
+            await_turn, end_turn = _turns(turn, warpgroup)
+            pl.when(warpgroup == 1)(await_turn)
+
+            def attend_keys(s_acc):
+                plgpu.barrier_wait(full["k"].at[0])
+                plgpu.wgmma(s_acc, mine, smem["k"].at[0].T)
+                end_turn()
+                return s_acc[...]
+
+            s = pl.run_scoped(attend_keys, _accumulator(block))
+            plgpu.barrier_arrive(free["k"].at[0])
+            zeros, zero_rows = _zeros(TILE, ROWS, dim), _zeros(PER_ROW, ROWS)
+            _, p, m, l, _ = _exponentials(s, zero_rows - jnp.inf, zero_rows, scale, ragged, steps == 1)
+
+            def step(i, carry):
+                out, p, m, l = carry
+                slot, next_slot = lax.rem(i, jnp.int32(stages)), lax.rem(i + 1, jnp.int32(stages))
+                plgpu.barrier_wait(full["v"].at[slot])
+                plgpu.barrier_wait(full["k"].at[next_slot])
+                await_turn()
+
+                def attend_values_and_next_keys(accumulators):
+                    out_acc, s_acc = accumulators
+                    plgpu.wgmma(out_acc, p, smem["v"].at[slot])
+                    plgpu.wgmma(s_acc, mine, smem["k"].at[next_slot].T)
+                    end_turn()
+
+                out, s = _accumulate(attend_values_and_next_keys, (out, _zeros(TILE, ROWS, block)))
+                plgpu.barrier_arrive(free["v"].at[slot])
+                plgpu.barrier_arrive(free["k"].at[next_slot])
+                _, p, m, l, alpha = _exponentials(s, m, l, scale, ragged, i == steps - 2)
+                return out * _over_columns(alpha, out), p, m, l
+
+            out, p, m, l = lax.fori_loop(0, steps - 1, step, (zeros, p, m, l))
+            last = (steps - 1) % stages
+            plgpu.barrier_wait(full["v"].at[last])
+            await_turn()
+            (out,) = _accumulate(lambda accumulators: plgpu.wgmma(accumulators[0], p, smem["v"].at[last]), (out,))
+            end_turn()
+            # Queries are not needed any more: results take their place.
+            mine[...] = (out * _over_columns(1 / l, out)).astype(dtype)
+            refs["lse"].at[b, n, rows][...] = (m + jnp.log2(l)) / LOG2E
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(mine, refs["out"].at[b, rows, n])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == COMPUTE)
+        def fetch():
+            plgpu.set_max_registers(24, action="decrease")
+            _fetch_keys_and_values(refs, smem, full, free, (b, n), block, steps, stages)
+
+    tiles_of_keys = _matrix(stages, block, dim)
+    out, lse = _run(
+        kernel,
+        out_type=[_like(inputs["q"]), _per_query(batch, heads, row_blocks)],
+        scratch_types={
+            "smem": {"q": _matrix(COMPUTE, ROWS, dim), "k": tiles_of_keys, "v": tiles_of_keys},
+            "full": {"q": plgpu.Barrier(num_barriers=COMPUTE)}
+            | {name: plgpu.Barrier(num_barriers=stages) for name in ("k", "v")},
+            "free": {kind: plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages) for kind in ("k", "v")},
+            "turn": plgpu.Barrier(num_barriers=COMPUTE),
+        },
+        blocks=batch * heads * row_blocks,
+    )(*inputs.values())
+    return _once(out[:, :length, :, :head_dim], lse[:, :, :length])
+
+
+def _attend_with_tangent(q, k, v, tq, tk, tv, *, scale, tiles):
+    """(out, lse, t_out, t_lse); some of tq, tk and tv may be None."""
+    if scale < 0:
         q, tq, scale = -q, None if tq is None else -tq, -scale
     (batch, length, heads, head_dim), keys, dtype = q.shape, k.shape[1], q.dtype
     inputs = {"q": q, "k": k, "v": v, "tq": tq, "tk": tk, "tv": tv}
     inputs = {name: _pad(x) for name, x in inputs.items() if x is not None}
-    has_tangent, has_ts = len(inputs) > 3, "tq" in inputs or "tk" in inputs
-    results = ("out", "lse", "t_out", "t_lse") if has_tangent else ("out", "lse")
+    has_ts = "tq" in inputs or "tk" in inputs
+    results = "out", "lse", "t_out", "t_lse"
     dim, block, ragged = inputs["q"].shape[-1], tiles.block, keys % tiles.block
     row_blocks, steps = pl.cdiv(length, COMPUTE * ROWS), pl.cdiv(keys, block)
     stages = min(tiles.stages, steps)
@@ -153,16 +245,12 @@ def _attend(q, k, v, tq, tk, tv, *, scale, tiles):
         def compute():
             plgpu.set_max_registers(240, action="increase")
             rows = pl.ds((row_block * COMPUTE + warpgroup) * ROWS, ROWS)
-            mine = {name: smem[name].at[warpgroup] for name in ("q", "tq", "lse", "t_lse") if name in smem}
+            mine = {name: smem[name].at[warpgroup] for name in ("q", "tq")}
             for name in [name for name in ("q", "tq") if name in inputs]:
                 plgpu.copy_gmem_to_smem(refs[name].at[b, rows, n], mine[name], full["q"].at[warpgroup])
             plgpu.barrier_wait(full["q"].at[warpgroup])
-            end_turn, await_turn = _turns(turn, tiles.take_turns)
-
-            @pl.when(warpgroup == 1)
-            def let_the_other_begin():
-                end_turn()
-                await_turn()
+            await_turn, end_turn = _turns(turn, warpgroup)
+            pl.when(warpgroup == 1)(await_turn)
 
             def step(i, carry):
                 out, m, l, t_out, r = carry
@@ -178,21 +266,12 @@ def _attend(q, k, v, tq, tk, tv, *, scale, tiles):
                         plgpu.barrier_wait(full["tk"].at[slot])
                         plgpu.wgmma(ts_acc, mine["q"], tile["tk"].T)
                     end_turn()
-                    await_turn()
                     # The products of ts go on while the exponentials of s are computed.
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=("tq" in inputs) + ("tk" in inputs))
-                    if ragged:
-                        s = lax.cond(i == steps - 1, lambda s: _cut_columns(s, ragged, -jnp.inf), lambda s: s, s)
-                    m_new = jnp.maximum(m, s.max(axis=1) * (scale * LOG2E))
-                    alpha = jnp.exp2(m - m_new)
-                    p = jnp.exp2(s * (scale * LOG2E) - _over_columns(m_new, s))
-                    l_new = l * alpha + p.sum(axis=1)
-                    p16 = p.astype(dtype)
-                    out_new = out * _over_columns(alpha, out)
-                    t_out_new = t_out * _over_columns(alpha, t_out) if has_tangent else None
-                    kept = (p16, p if has_ts else None, m_new, l_new, out_new, t_out_new, r * alpha if has_ts else None)
+                    p, p16, m_new, l_new, alpha = _exponentials(s, m, l, scale, ragged, i == steps - 1)
+                    rescaled = (x * _over_columns(alpha, x) for x in (out, t_out))
+                    kept = p16, p if has_ts else None, m_new, l_new, *rescaled, r * alpha
                     p16, p, m_new, l_new, out_new, t_out_new, r_new = lax.optimization_barrier(kept)
-                    end_turn()
                     # A wait for memory, beyond which the compiler does not move the next wait for the tensor cores.
                     plgpu.barrier_wait(full["v"].at[slot])
                     if "tv" in inputs:
@@ -221,62 +300,42 @@ def _attend(q, k, v, tq, tk, tv, *, scale, tiles):
                 return out, m, l, t_out, r
 
             zeros, zero_rows = _zeros(TILE, ROWS, dim), _zeros(PER_ROW, ROWS)
-            start = zeros, zero_rows - jnp.inf, zero_rows, zeros if has_tangent else None, zero_rows if has_ts else None
-            out, m, l, t_out, r = lax.fori_loop(0, steps, step, start)
-
-            @pl.when(warpgroup == 0)
-            def let_the_other_end():
-                end_turn()
-                await_turn()
-
+            out, m, l, t_out, r = lax.fori_loop(
+                0, steps, step, (zeros, zero_rows - jnp.inf, zero_rows, zeros, zero_rows)
+            )
+            end_turn()
             # Queries are not needed any more: results take their place.
-            out *= _over_columns(1 / l, out)
+            t_lse, share = r / l, _over_columns(1 / l, out)
+            out *= share
             mine["q"][...] = out.astype(dtype)
-            mine["lse"][...] = (m + jnp.log2(l)) / LOG2E
-            if has_tangent:
-                t_lse = r / l if has_ts else zero_rows
-                t_out = t_out * _over_columns(1 / l, out) - _over_columns(t_lse, out) * out
-                mine["tq"][...] = t_out.astype(dtype)
-                mine["t_lse"][...] = t_lse
+            mine["tq"][...] = (t_out * share - _over_columns(t_lse, out) * out).astype(dtype)
+            refs["lse"].at[b, n, rows][...] = (m + jnp.log2(l)) / LOG2E
+            refs["t_lse"].at[b, n, rows][...] = t_lse
             plgpu.commit_smem()
-            for name, home in zip(results, ("q", "lse", "tq", "t_lse"), strict=False):
-                at = (b, n, rows) if name.endswith("lse") else (b, rows, n)
-                plgpu.copy_smem_to_gmem(mine[home], refs[name].at[at])
+            plgpu.copy_smem_to_gmem(mine["q"], refs["out"].at[b, rows, n])
+            plgpu.copy_smem_to_gmem(mine["tq"], refs["t_out"].at[b, rows, n])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == COMPUTE)
         def fetch():
             plgpu.set_max_registers(24, action="decrease")
+            _fetch_keys_and_values(refs, smem, full, free, (b, n), block, steps, stages)
 
-            def fetch_step(i, slot, await_free):
-                for kind in ("k", "v"):
-                    await_free(free[kind].at[slot])
-                    for name in [name for name in inputs if name[-1] == kind]:
-                        source = refs[name].at[b, pl.ds(i * block, block), n]
-                        plgpu.copy_gmem_to_smem(source, smem[name].at[slot], full[name].at[slot])
-
-            _fetch_steps(fetch_step, steps, stages)
-
-    rows, tiles_of_keys, statistics = _matrix(COMPUTE, ROWS, dim), _matrix(stages, block, dim), _vector(COMPUTE, ROWS)
-    smem = {"q": rows, "lse": statistics} | ({"tq": rows, "t_lse": statistics} if has_tangent else {})
-    full = {name: plgpu.Barrier(num_barriers=stages) for name in inputs if name[-1] in "kv"}
-    per_query = jax.ShapeDtypeStruct((batch, heads, row_blocks * COMPUTE * ROWS), jnp.float32)
-    out, lse, *tangents = _run(
+    tiles_of_keys = {name: _matrix(stages, block, dim) for name in inputs if name[-1] in "kv"}
+    out, lse, t_out, t_lse = _run(
         kernel,
-        out_type=[per_query if name.endswith("lse") else _like(inputs["q"]) for name in results],
+        out_type=[_like(inputs["q"]), _per_query(batch, heads, row_blocks)] * 2,
         scratch_types={
-            "smem": smem | {name: tiles_of_keys for name in full},
-            "full": full | {"q": plgpu.Barrier(num_arrivals=1 + ("tq" in inputs), num_barriers=COMPUTE)},
+            "smem": {name: _matrix(COMPUTE, ROWS, dim) for name in ("q", "tq")} | tiles_of_keys,
+            "full": {"q": plgpu.Barrier(num_arrivals=1 + ("tq" in inputs), num_barriers=COMPUTE)}
+            | {name: plgpu.Barrier(num_barriers=stages) for name in tiles_of_keys},
             "free": {kind: plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages) for kind in ("k", "v")},
-            "turn": plgpu.Barrier(num_arrivals=COMPUTE),
+            "turn": plgpu.Barrier(num_barriers=COMPUTE),
         },
         blocks=batch * heads * row_blocks,
     )(*inputs.values())
-    cut = [out[:, :length, :, :head_dim], lse[:, :, :length]]
-    if has_tangent:
-        cut += [tangents[0][:, :length, :, :head_dim], tangents[1][:, :, :length]]
-    # Without the barrier XLA runs the kernel once more where a result has a second user, a scan that stacks it.
-    return lax.optimization_barrier(tuple(cut))
+    out, t_out = (x[:, :length, :, :head_dim] for x in (out, t_out))
+    return _once(out, lse[:, :, :length], t_out, t_lse[:, :, :length])
 
 
 def _dq(q, k, v, dout, lse, delta, *, scale, tiles):
@@ -494,11 +553,37 @@ def _locate(heads, per_head):
     return lax.div(batch_and_head, heads), lax.rem(batch_and_head, heads), place
 
 
-def _turns(barrier, take_turns):
-    """(end_turn, await_turn): both warpgroups have to end a turn before either goes on."""
-    if not take_turns:
-        return (lambda: None), (lambda: None)
-    return functools.partial(plgpu.barrier_arrive, barrier), functools.partial(plgpu.barrier_wait, barrier)
+def _turns(barrier, warpgroup):
+    """(await_turn, end_turn): one of two warpgroups at a time starts products; ending a turn lets the other go on."""
+    await_turn = functools.partial(plgpu.barrier_wait, barrier.at[warpgroup])
+    return await_turn, functools.partial(plgpu.barrier_arrive, barrier.at[1 - warpgroup])
+
+
+def _exponentials(s, m, l, scale, ragged, is_last):
+    """(p, p as an operand, m, l, factor of what was summed before), given logits s and the maximum m and sum l so far.
+
+    m is that of scaled logits in bits. In the last tile only the first `ragged` columns are keys, if that is not 0.
+    """
+    if ragged:
+        s = lax.cond(is_last, lambda s: _cut_columns(s, ragged, -jnp.inf), lambda s: s, s)
+    m_new = jnp.maximum(m, s.max(axis=1) * (scale * LOG2E))
+    alpha = jnp.exp2(m - m_new)
+    p = jnp.exp2(s * (scale * LOG2E) - _over_columns(m_new, s))
+    return p, p.astype(jnp.bfloat16), m_new, l * alpha + p.sum(axis=1), alpha
+
+
+def _fetch_keys_and_values(refs, smem, full, free, head, block, steps, stages):
+    """Fetches tiles of all operands at keys, (t)k and (t)v, of one head = (batch, head)."""
+    b, n = head
+
+    def fetch_step(i, slot, await_free):
+        for kind in ("k", "v"):
+            await_free(free[kind].at[slot])
+            for name in [name for name in full if name[-1] == kind]:
+                source = refs[name].at[b, pl.ds(i * block, block), n]
+                plgpu.copy_gmem_to_smem(source, smem[name].at[slot], full[name].at[slot])
+
+    _fetch_steps(fetch_step, steps, stages)
 
 
 def _fetch_steps(fetch_step, steps, stages):
@@ -556,6 +641,15 @@ def _matrix(count, rows, columns):
 
 def _vector(count, rows):
     return plgpu.SMEM((count, rows), jnp.float32)
+
+
+def _per_query(batch, heads, row_blocks):
+    return jax.ShapeDtypeStruct((batch, heads, row_blocks * COMPUTE * ROWS), jnp.float32)
+
+
+def _once(*results):
+    """Without the barrier XLA runs the kernel once more where a result has a second user, a scan that stacks it."""
+    return lax.optimization_barrier(results)
 
 
 def _like(x):
