@@ -306,7 +306,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             places = [shapes.index(shape) + (i - len(present) / 2) * 0.15 for shape in mine]
             panel.bar(places, list(mine.values()), 0.14, label=contestant, color=colours[contestant])
         panel.set_ylabel(f"{name}\nTFLOP/s")
-        panel.legend(fontsize=8, ncols=5, loc="lower right")
+        panel.legend(fontsize=8, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     panels[-1].set_xticks(range(len(shapes)), ["{}, {}\n{}, {}\n{}".format(*shape) for shape in shapes], fontsize=8)
     panels[-1].set_xlabel("batch, heads, queries, keys, head dim")
     figure.suptitle(f"Attention on {results['device']}, bfloat16")

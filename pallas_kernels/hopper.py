@@ -1,9 +1,9 @@
 """The fastest kernels for each pass and shape on NVIDIA Hopper, by `python -m benchmarks.attention`.
 
 Measured on H200s (benchmarks/README.md): for values our kernel is as fast as cuDNN's where lengths are multiples of
-cuDNN's tiles and 10 % faster where they are not, but slower where keys or queries are few or head dims 64; it has no
-rival for values with tangents; and for gradients it is ahead where keys or queries are few, while for long ones cuDNN
-makes five products where ours makes seven. What no kernel takes goes to plain JAX.
+cuDNN's tiles and 8 % to 12 % faster where they are not, but slower where keys or queries are few or head dims 64; it
+has no rival for values with tangents; and for gradients it is ahead where keys or queries are few, while for long ones
+cuDNN makes five products where ours makes seven. What no kernel takes goes to plain JAX.
 """
 
 from types import ModuleType
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import cudnn, mosaic_gpu, portable
 from pallas_kernels.operands import serves
 
-FEW = 2048  # keys or queries, up to which our gradient is the faster and cuDNN's value
+FEW = 2048  # keys or queries, up to which our gradient is the faster, and cuDNN's value
 
 
 def forward(
