@@ -239,16 +239,23 @@ def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
     return curves
 
 
-def write_run_info(workdir: str | Path, config: Mapping[str, Any], *, process_index: int = 0) -> dict:
-    """Writes workdir/run.json (process 0 only): the resolved config, the command, XLA's flags, package
-    versions and devices.
+def write_run_info(
+    workdir: str | Path, config: Mapping[str, Any], *, iteration: int = 0, process_index: int = 0
+) -> dict[str, Any]:
+    """Writes workdir/run.json (process 0 only): the resolved config, the command, XLA's flags, package versions,
+    devices, and the config's changes since the run began.
 
-    Returns what it holds. A resumed run writes it anew.
+    Returns what it holds. A run that is resumed at an `iteration` writes it anew; if the config then has other values
+    than the run.json before, "changes" gains {"iteration": ..., "KEY": [before, now], ...}.
     """
+    path = Path(workdir) / "run.json"
+    before, changes = _read_run_info(path) if iteration else ({}, [])
+    changed = changed_values(before, json.loads(media.json_text(config)))
     info = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
         "config": config,
+        "changes": [*changes, {"iteration": iteration} | changed] if changed else changes,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": {"python": platform.python_version(), **_versions()},
         "devices": {
@@ -259,8 +266,33 @@ def write_run_info(workdir: str | Path, config: Mapping[str, Any], *, process_in
         },
     }
     if process_index == 0:
-        media.write_file(Path(workdir) / "run.json", media.json_text(info, indent=2).encode() + b"\n")
+        if changed:
+            values = ", ".join(f"{key}={now} for {old}" for key, (old, now) in changed.items())
+            warn(f"{workdir} goes on from iteration {iteration} with other values than before: {values}")
+        media.write_file(path, media.json_text(info, indent=2).encode() + b"\n")
     return info
+
+
+def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """{"a.b": [before, now]} for every value that differs, of the keys that both have."""
+    changed = {}
+    for key in before.keys() & now.keys():
+        old, new = before[key], now[key]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed |= {f"{key}.{inner}": pair for inner, pair in changed_values(old, new).items()}
+        elif old != new:
+            changed[key] = [old, new]
+    return dict(sorted(changed.items()))
+
+
+def _read_run_info(path: Path) -> tuple[dict[str, Any], list[Any]]:
+    """The config of a run.json and its changes; nothing of a file that cannot be read."""
+    with suppress(OSError, ValueError):
+        match json.loads(path.read_text(encoding="utf-8")):
+            case {"config": dict(config), **rest}:
+                changes = rest.get("changes")
+                return config, changes if isinstance(changes, list) else []
+    return {}, []
 
 
 def check_unused(workdir: str | Path) -> None:

@@ -104,7 +104,7 @@ def _train(
         noted = noted._replace(**checkpoints.metadata(start))
         check_stages(noted.stages, config.stages, start, workdir)
     progresses()
-    write_run_info(workdir, config.to_dict(), process_index=jax.process_index())
+    write_run_info(workdir, config.to_dict(), iteration=start, process_index=jax.process_index())
     records = RunRecords(
         workdir,
         total=total,

@@ -282,6 +282,29 @@ def test_run_info_says_what_ran_on_what(tmp_path, monkeypatch):
     assert info["devices"]["kind"] == jax.devices()[0].device_kind
 
 
+def test_other_values_of_a_resumed_run_are_said_and_kept(tmp_path, capsys):
+    config = {"seed": 0, "optimizer": {"student_lr": 1e-4, "betas": (0.0, 0.999)}, "log": {"every": 10}}
+    changed = config | {"optimizer": {"student_lr": 2e-4, "betas": (0.0, 0.999)}, "log": {"every": 5}}
+    records.write_run_info(tmp_path, config)
+    records.write_run_info(tmp_path, config, iteration=30)
+    assert capsys.readouterr().err == ""
+    records.write_run_info(tmp_path, changed, iteration=40)
+    said = "from iteration 40 with other values than before: log.every=5 for 10, optimizer.student_lr=0.0002 for 0.0001"
+    assert said in capsys.readouterr().err
+    records.write_run_info(tmp_path, changed, iteration=50)
+    assert capsys.readouterr().err == ""
+    changes = [{"iteration": 40, "log.every": [10, 5], "optimizer.student_lr": [1e-4, 2e-4]}]
+    assert json.loads((tmp_path / "run.json").read_text())["changes"] == changes
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"config": 3}', b'{"config": {"seed"', b"\xff"])
+def test_a_run_info_that_cannot_be_read_is_as_none(tmp_path, content, capsys):
+    if content is not None:
+        (tmp_path / "run.json").write_bytes(content)
+    assert records.write_run_info(tmp_path, {"seed": 1}, iteration=10)["changes"] == []
+    assert capsys.readouterr().err == ""
+
+
 def test_a_new_run_moves_anothers_metrics_aside(tmp_path):
     for loss in (1.0, 2.0, 3.0):
         with open_records(tmp_path) as run:

@@ -144,7 +144,8 @@ def test_a_resumed_run_logs_means_over_what_ran_before_it_was_broken_off(undistu
     every_one, broken, every = read_log(workdir), folder / "logged_broken", {"log.every": 2}
     with pytest.raises(KeyboardInterrupt):
         run(folder, name, broken, stop_at=5, **every)
-    run(folder, name, broken, **every)
+    run(folder, name, broken, **every, **{"checkpoint.keep": 5})
+    assert json.loads((broken / "run.json").read_text())["changes"] == [{"iteration": 3, "checkpoint.keep": [2, 5]}]
     pairs = zip(every_one[::2], every_one[1::2], strict=True)
     means = [{key: float(np.mean([first[key], second[key]])) for key in second} for first, second in pairs]
     assert read_log(broken) == [means | {"iteration": 2 * n} for n, means in enumerate(means, 1)]
