@@ -4,28 +4,28 @@ A thread block has two warpgroups that compute, 64 rows each, and one that only 
 accelerator, into `stages` slots of shared memory. Products are wgmma with float32 accumulators in registers.
 
 The value kernel starts the logits of the next keys in one go with the values of these, and waits for both. The two
-warpgroups take turns at that, so that one computes exponentials while the other multiplies. To compute them while one's
-own values are multiplied, as FlashAttention-3 (Shah et al. 2024) does, is not for us: the compiler then runs products
-one at a time.
+warpgroups take turns at that, so that one computes exponentials while the other multiplies. They are not computed while
+one's own values are multiplied, as FlashAttention-3 (Shah et al. 2024) does: the compiler then runs products one at a
+time.
 
 Value and tangent come from one pass over the keys. With p the unnormalised probabilities of a tile and ts the tangent
 of its logits, six products feed two accumulators that the registers of a warpgroup can hold:
 
     s = q k^T    ts = tq k^T + q tk^T    out += p v    t_out += p tv + (p * ts) v
 
-The exponentials of s are computed while the tensor cores work on ts, and the two warpgroups take turns on the tensor
-cores here too. At head dim 128 the four 64 x 64 and 64 x 128
-accumulators are 192 of the 240 registers of a thread; shared memory holds q and tq (64 KiB) and two stages of k, tk, v
-and tv (128 KiB). The bounds: a product of 64 queries by 64 keys reads both operands from shared memory at its full
-bandwidth, and wider tiles do not fit the registers; and the power the chip may draw (benchmarks/README.md).
+The exponentials of s are computed while the tensor cores work on ts, and the two warpgroups take turns here too. At
+head dim 128 the four 64 x 64 and 64 x 128 accumulators are 192 of the 240 registers of a thread; shared memory holds q
+and tq (64 KiB) and two stages of k, tk, v and tv (128 KiB). The bounds: a product of 64 queries by 64 keys reads both
+operands from shared memory at its full bandwidth, and wider tiles do not fit the registers; and the power the chip may
+draw (benchmarks/README.md).
 
 The gradient is two kernels, one that holds rows of q and runs over keys and one that holds rows of k and v and runs
 over queries, so that every sum is made in one place, in one order: results do not change from run to run.
 
 Lengths that are no multiple of a tile cost a partial tile: of matrices, the accelerator reads zeros beyond the end and
 does not write there. Its tensor maps need lengths that are multiples of 8 and head dims that are multiples of 64; other
-arrays are padded first. Row statistics are copied without a map, which knows only the end of the whole array, not that
-of a head: they are padded to whole blocks of rows.
+arrays are padded first. Row statistics are read and written without a map, which knows only the end of the whole array,
+not that of a head: they are padded to whole blocks of rows.
 """
 
 import functools
