@@ -60,7 +60,7 @@ class Tiles(NamedTuple):
 
 # By pass and padded head dim, as measured on an H200 (`python -m benchmarks.attention_tiles`); lengths matter little.
 TILES = {
-    ("value", 64): Tiles(128, 3),
+    ("value", 64): Tiles(128, 2),
     ("value", 128): Tiles(128, 2),
     ("value and tangent", 64): Tiles(128, 2),
     ("value and tangent", 128): Tiles(64, 2),
