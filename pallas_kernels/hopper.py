@@ -1,9 +1,10 @@
 """The fastest kernels for each pass and shape on NVIDIA Hopper, by `python -m benchmarks.attention`.
 
 Measured on H200s (benchmarks/README.md): for values our kernel is as fast as cuDNN's where lengths are multiples of
-cuDNN's tiles and 8 % to 12 % faster where they are not, but slower where keys or queries are few or head dims 64; it
-has no rival for values with tangents; and for gradients it is ahead where keys or queries are few, while for long ones
-cuDNN makes five products where ours makes seven. What no kernel takes goes to plain JAX.
+cuDNN's tiles and 8 % to 12 % faster where they are not, but slower where keys or queries are few or head dims 64, and
+it computes other head dims as if they were 64 or 128; it has no rival for values with tangents; and for gradients it is
+ahead where keys or queries are few, while for long ones cuDNN makes five products where ours makes seven. What no
+kernel takes goes to plain JAX.
 """
 
 from types import ModuleType
@@ -20,7 +21,7 @@ def forward(
     q_BLNH: Float[Array, "b l n h"], k_BSNH: Float[Array, "b s n h"], v_BSNH: Float[Array, "b s n h"], *, scale: float
 ) -> tuple[Float[Array, "b l n h"], Float[Array, "b n l"]]:
     """Returns out = softmax(scale q k^T) v, and lse, the logarithm of each row's sum of exponentials."""
-    is_ours = q_BLNH.shape[3] > 64 and not _is_short(q_BLNH, k_BSNH)
+    is_ours = q_BLNH.shape[3] == mosaic_gpu.MAX_HEAD_DIM and not _is_short(q_BLNH, k_BSNH)
     return _choose(q_BLNH, k_BSNH, is_ours=is_ours).forward(q_BLNH, k_BSNH, v_BSNH, scale=scale)
 
 

@@ -91,6 +91,7 @@ def test_negative_scale_is_that_of_negative_queries():
     [
         ((1, 32760, 32760, 12, 128), jnp.bfloat16, KERNEL, CUDNN),
         ((1, 32768, 32768, 12, 128), jnp.bfloat16, KERNEL, CUDNN),
+        ((1, 32760, 32760, 12, 96), jnp.bfloat16, CUDNN, CUDNN),
         ((1, 32760, 512, 12, 128), jnp.bfloat16, CUDNN, KERNEL),
         ((4, 4096, 4096, 16, 64), jnp.bfloat16, CUDNN, CUDNN),
         ((1, 1, 1, 2, 128), jnp.bfloat16, KERNEL, KERNEL),
