@@ -246,7 +246,8 @@ def write_run_info(
     devices, and the config's changes since the run began.
 
     Returns what it holds. A run that is resumed at an `iteration` writes it anew; if the config then has other values
-    than the run.json before, "changes" gains {"iteration": ..., "KEY": [before, now], ...}.
+    than the run.json before, a line on stderr says which, and "changes" gains {"iteration": ..., "KEY": [before, now],
+    ...}.
     """
     path = Path(workdir) / "run.json"
     before, changes = _read_run_info(path) if iteration else ({}, [])
